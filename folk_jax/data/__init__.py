@@ -1,0 +1,17 @@
+"""Images from disk to uint8 batches in host memory: NumPy, Grain and TFDS; never jax."""
+
+from folk_jax.data.pipeline import Batches, eval_batches, train_batches
+from folk_jax.data.settings import DataSettings
+from folk_jax.data.sources import SOURCES, Source, make_source
+from folk_jax.data.views import ViewSettings
+
+__all__ = [
+  'SOURCES',
+  'Batches',
+  'DataSettings',
+  'Source',
+  'ViewSettings',
+  'eval_batches',
+  'make_source',
+  'train_batches',
+]

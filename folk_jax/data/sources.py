@@ -1,0 +1,104 @@
+"""Sources of labelled images: what every source offers, and the table that finds one by name.
+
+A source is a numbered list of encoded images. It opens its files only when they are asked for, so that it can be
+pickled to worker processes, and each source's own libraries are imported only when that source is used.
+"""
+
+from collections.abc import Callable
+import difflib
+import importlib
+
+import numpy as np
+
+from folk_jax.data.settings import DataSettings
+from folk_jax.errors import UserError
+
+SPLITS = ('train', 'test')
+# The order in which an evaluation split is looked for: ImageNet's 'test' has no labels, its 'validation' has.
+TEST_SPLITS = ('validation', 'val', 'test')
+
+
+class Source:
+  """A numbered list of images; subclasses give `__len__`, `read` and `name`, and may give `class_names`."""
+
+  class_names: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    raise NotImplementedError
+
+  def read(self, index: int) -> tuple[bytes | np.ndarray, int]:
+    """Returns sample `index`, 0 <= index < len: the file's bytes (or uint8 [H, W, 3] pixels), and its label or -1."""
+    raise NotImplementedError
+
+  def name(self, index: int) -> str:
+    """Returns what a message calls sample `index`: a path, or the data set's name and the number."""
+    raise NotImplementedError
+
+  def fetch(self, index: int) -> bytes | np.ndarray:
+    """Returns the image of sample `index`, encoded (bytes) or as uint8 [H, W, 3] pixels."""
+    return self.read(index)[0]
+
+  def label(self, index: int) -> int:
+    """Returns the class number of sample `index`, -1 where it is unknown."""
+    return self.read(index)[1]
+
+
+class LimitedSource(Source):
+  """The first `limit` samples of a source, evenly spread over it, so that a sorted source keeps all its classes."""
+
+  def __init__(self, source: Source, limit: int):
+    self._source = source
+    self._limit = min(limit, len(source))
+    self.class_names = source.class_names
+
+  def __len__(self) -> int:
+    return self._limit
+
+  def _original(self, index: int) -> int:
+    return index * len(self._source) // self._limit
+
+  def read(self, index: int) -> tuple[bytes | np.ndarray, int]:
+    return self._source.read(self._original(index))
+
+  def label(self, index: int) -> int:
+    return self._source.label(self._original(index))
+
+  def name(self, index: int) -> str:
+    return self._source.name(self._original(index))
+
+
+# Name -> 'module:class'; imported on use, since a folder run needs neither TFDS nor scikit-image.
+SOURCES = {
+  'embedded': 'folk_jax.data.embedded:EmbeddedSource',
+  'folder': 'folk_jax.data.folder:FolderSource',
+  'tfds': 'folk_jax.data.tfds_source:TfdsSource',
+  'array_record': 'folk_jax.data.records:ArrayRecordSource',
+  'synthetic': 'folk_jax.data.synthetic:SyntheticSource',
+}
+
+
+def make_source(settings: DataSettings, split: str) -> Source:
+  """Opens one split of the data set that the settings name.
+
+  Args:
+    settings: which source, where, and how much of it.
+    split: 'train' or 'test'; the settings say which split of the data set that is.
+
+  Returns:
+    A source with at least one sample.
+
+  Raises:
+    UserError: an unknown source or split, a missing or empty folder, a data set that is not prepared.
+  """
+  if split not in SPLITS:
+    raise UserError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
+  if settings.source not in SOURCES:
+    near = difflib.get_close_matches(settings.source, SOURCES, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ''
+    raise UserError(f"unknown data.source '{settings.source}'; known: {', '.join(SOURCES)}{hint}")
+  module, name = SOURCES[settings.source].split(':')
+  build: Callable[[DataSettings, str], Source] = getattr(importlib.import_module(module), name)
+  source = build(settings, split)
+  if not len(source):
+    raise UserError(f"data source '{settings.source}' has no samples in its {split} split")
+  return LimitedSource(source, settings.limit) if settings.limit else source

@@ -1,0 +1,1 @@
+"""Our parameter trees in other libraries' names and shapes, and back."""

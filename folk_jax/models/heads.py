@@ -1,0 +1,97 @@
+"""Heads on top of a backbone: DINO's projection and MFM's reconstruction.
+
+Shape letters: N images, D width, K prototypes, h and w patches a side, P patch.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from folk_jax.models import layers as layers_lib
+
+
+class PrototypeLayer(nn.Module):
+  """Weight-normalised linear layer without bias (arXiv 1602.07868): w = gain * kernel / |kernel| for each output.
+
+  Parameters: kernel [bottleneck, K]; gain [K] unless `unit_gain`, where it is 1 and not a parameter.
+  """
+
+  outputs: int
+  unit_gain: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    # DINO leaves this layer at torch's default; its scale sets how fast the direction turns.
+    kernel = self.param('kernel', layers_lib.torch_uniform, (x.shape[-1], self.outputs))
+    weight = kernel * _inverse_norm(kernel, axis=0)
+    if not self.unit_gain:
+      weight = weight * self.param('gain', nn.initializers.ones, (self.outputs,))
+    return jnp.matmul(
+      x.astype(self.dtype), weight.astype(self.dtype), preferred_element_type=jnp.float32
+    )
+
+
+class ProjectionHead(nn.Module):
+  """DINO's projection head (arXiv 2104.14294, section 3.1 and appendix C).
+
+  MLP with exact GELU to a bottleneck, L2 normalisation, weight-normalised prototypes. The head of a token does not depend on
+  the others, so iBOT's head of patch tokens is this one applied to [N, T, D].
+
+  Attributes:
+    hidden: width of the hidden layers.
+    bottleneck: width before the prototypes.
+    outputs: number of prototypes K.
+    layers: linear layers before the prototypes, at least 1.
+    norm_last_layer: fixes the prototypes' gain at 1 (and leaves it out of the parameters).
+    dtype: compute dtype, 'float32' or 'bfloat16'; the normalisations and the logits are float32.
+  """
+
+  hidden: int = 2048
+  bottleneck: int = 256
+  outputs: int = 8192
+  layers: int = 3
+  norm_last_layer: bool = True
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps features [..., D] to logits [..., K], float32, in [-1, 1] where the gain is 1."""
+    dtype = jnp.dtype(self.dtype)
+    for i in range(self.layers):
+      last = i == self.layers - 1
+      width = self.bottleneck if last else self.hidden
+      dense = nn.Dense(width, dtype=dtype, kernel_init=layers_lib.normal, name=f'mlp_{i}')
+      x = dense(x) if last else layers_lib.gelu(dense(x))
+    x = x.astype(jnp.float32)
+    x = x * _inverse_norm(x, axis=-1)
+    return PrototypeLayer(self.outputs, self.norm_last_layer, dtype, name='last_layer')(x)
+
+
+class ReconstructionHead(nn.Module):
+  """MFM's decoder (arXiv 2206.07706, section 3.3): one linear layer a position, then a pixel shuffle.
+
+  Attributes:
+    patch: pixels a side that each position reconstructs.
+    dtype: compute dtype, 'float32' or 'bfloat16'.
+  """
+
+  patch: int
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, patches_NhwD: jax.Array) -> jax.Array:
+    """Maps patch features [N, h, w, D] to an image [N, h*P, w*P, 3], float32, in normalised pixel units."""
+    p = self.patch
+    dense = nn.Dense(
+      3 * p * p, dtype=jnp.dtype(self.dtype), kernel_init=layers_lib.normal, name='proj'
+    )
+    pixels = dense(patches_NhwD).astype(jnp.float32)
+    n, h, w, _ = pixels.shape
+    # Channel c*P*P + i*P + j holds colour c of pixel (i, j): torch's PixelShuffle.
+    return pixels.reshape(n, h, w, 3, p, p).transpose(0, 1, 4, 2, 5, 3).reshape(n, h * p, w * p, 3)
+
+
+def _inverse_norm(x: jax.Array, axis: int) -> jax.Array:
+  """1 / max(|x|, 1e-12), with a finite gradient at zero."""
+  return jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=axis, keepdims=True), 1e-24))

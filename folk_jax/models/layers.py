@@ -1,0 +1,143 @@
+"""Layers that the backbones and heads share, in timm's conventions.
+
+Shape letters: B images, T tokens (class token first), D width, H heads, E width of a head, L layers.
+"""
+
+import dataclasses
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# timm's and DINO's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations out: a plain normal.
+normal = nn.initializers.normal(stddev=0.02)
+# torch's default for convolutions, and for linear layers that nobody re-initialises: U(+-1/sqrt(fan_in)).
+torch_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact GELU, x * Phi(x) (arXiv 1606.08415), any shape and float dtype; computed in float32."""
+  x_float = x.astype(jnp.float32)
+  return (0.5 * x_float * (1.0 + jax.lax.erf(x_float * (0.5**0.5)))).astype(x.dtype)
+
+
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+  """LayerNorm with timm's epsilon; statistics and result in float32."""
+  # Two passes over the features, as torch: E[x^2] - E[x]^2 cancels on tokens with a large mean.
+  return nn.LayerNorm(
+    epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name
+  )
+
+
+def drop_path_scales(sample_keys: jax.Array, depth: int, rate: float) -> jax.Array:
+  """Draws the factors of stochastic depth (arXiv 1603.09382) for every block, branch and sample.
+
+  A branch of block l survives with probability 1 - rate * l / (depth - 1), timm's linear schedule,
+  and is then divided by that probability, so that its expectation is the undropped branch.
+
+  Args:
+    sample_keys: typed key array [B], one key a sample, so that draws do not depend on the layout of the batch.
+    depth: number of blocks.
+    rate: drop probability of the last block, in [0, 1).
+
+  Returns:
+    float32 [L, 2, B]: 0 where the branch is dropped, 1 / probability where it survives.
+  """
+  chex.assert_rank(sample_keys, 1)
+  keep_L = 1.0 - jnp.linspace(0.0, rate, depth)
+
+  def draw(layer, branch, key):
+    return jax.random.bernoulli(
+      jax.random.fold_in(jax.random.fold_in(key, layer), branch), keep_L[layer]
+    )
+
+  over_samples = jax.vmap(draw, (None, None, 0))
+  over_branches = jax.vmap(over_samples, (None, 0, None))
+  kept_L2B = jax.vmap(over_branches, (0, None, None))(jnp.arange(depth), jnp.arange(2), sample_keys)
+  return kept_L2B / keep_L[:, None, None]
+
+
+class LayerScale(nn.Module):
+  """A learned gain a channel on a residual branch (arXiv 2103.17239); parameter `gamma` [D]."""
+
+  initial: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gamma = self.param('gamma', nn.initializers.constant(self.initial), (x.shape[-1],))
+    return x * gamma.astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with packed q, k, v, all three with biases; softmax in float32."""
+
+  heads: int
+  dtype: jnp.dtype
+  implementation: str | None
+
+  @nn.compact
+  def __call__(self, tokens_BTD: jax.Array) -> jax.Array:
+    batch, tokens, width = tokens_BTD.shape
+    qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=normal, name='qkv')(tokens_BTD)
+    qkv_BT3HE = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+    query_BTHE, key_BTHE, value_BTHE = (qkv_BT3HE[:, :, i] for i in range(3))
+    mixed_BTHE = jax.nn.dot_product_attention(
+      query_BTHE, key_BTHE, value_BTHE, implementation=self.implementation
+    )
+    mixed_BTD = mixed_BTHE.reshape(batch, tokens, width)
+    return nn.Dense(width, dtype=self.dtype, kernel_init=normal, name='proj')(mixed_BTD)
+
+
+class Mlp(nn.Module):
+  """Linear, exact GELU, linear."""
+
+  hidden: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, tokens_BTD: jax.Array) -> jax.Array:
+    width = tokens_BTD.shape[-1]
+    hidden = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=normal, name='fc1')(tokens_BTD)
+    return nn.Dense(width, dtype=self.dtype, kernel_init=normal, name='fc2')(gelu(hidden))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSettings:
+  """What every block of one backbone has in common."""
+
+  heads: int
+  hidden: int
+  layer_scale: float | None
+  dtype: jnp.dtype
+  attention: str | None
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block (arXiv 2010.11929, equations 2 and 3), as the body of a scan over layers.
+
+  The residual stream stays float32 whatever the compute dtype, as it does under torch's autocast.
+  """
+
+  settings: BlockSettings
+  collect: bool
+
+  @nn.compact
+  def __call__(
+    self, tokens_BTD: jax.Array, scale_2B: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    s = self.settings
+    branches = (
+      ('norm1', Attention(s.heads, s.dtype, s.attention, name='attn'), 'ls1'),
+      ('norm2', Mlp(s.hidden, s.dtype, name='mlp'), 'ls2'),
+    )
+    for branch, (norm, body, gain) in enumerate(branches):
+      update_BTD = body(layer_norm(norm)(tokens_BTD).astype(s.dtype))
+      if s.layer_scale is not None:
+        update_BTD = LayerScale(s.layer_scale, name=gain)(update_BTD)
+      if scale_2B is not None:
+        update_BTD = update_BTD * scale_2B[branch][:, None, None].astype(update_BTD.dtype)
+      tokens_BTD = tokens_BTD + update_BTD.astype(jnp.float32)
+    return tokens_BTD, tokens_BTD if self.collect else None

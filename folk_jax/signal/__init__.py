@@ -1,0 +1,2 @@
+"""Pure maths on images: spectra, filters and augmentation. Arrays in, arrays out; no Flax, no
+config, no state."""

@@ -1,0 +1,58 @@
+"""Per-image functions on the images that each device already holds.
+
+XLA's partitioner gathers the whole batch around `jnp.fft.*` and `lax.top_k`, even where the batch
+axis alone is sharded (openxla/xla#24). Inside `jax.shard_map` it sees one device's images and has
+nothing to gather.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from folk_jax.errors import UserError
+
+
+def over_batch(fn: Callable[..., Any], *args: Any, replicated: tuple[Any, ...] = ()) -> Any:
+  """Runs `fn(*args, *replicated)` on every device's own share of the batch.
+
+  The batch is spread over all axes of the mesh that `jax.set_mesh` has set. Without a mesh, on a
+  mesh of one device, and inside another `shard_map`, `fn` is called as it stands.
+
+  Args:
+    fn: maps arrays with a leading batch axis to arrays with a leading batch axis; image i of its
+      outputs may depend on image i of its inputs alone.
+    *args: pytrees of arrays, each with the same leading batch axis. Typed PRNG keys are welcome;
+      None is an empty tree.
+    replicated: pytrees of arrays that every device gets whole.
+
+  Returns:
+    What `fn` returns, its leaves with the leading batch axis sharded over the mesh.
+
+  Raises:
+    UserError: the batch does not divide by the number of devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind != AxisType.Manual
+  )
+  devices = math.prod(mesh.shape[name] for name in axes)
+  if devices == 1:
+    return fn(*args, *replicated)
+  for leaf in jax.tree.leaves(args):
+    if leaf.shape[0] % devices:
+      raise UserError(
+        f'a batch of {leaf.shape[0]} images does not divide over {devices} devices: '
+        f'use a multiple of {devices}'
+      )
+  batch, whole = PartitionSpec(axes), PartitionSpec()
+  return jax.shard_map(
+    fn,
+    in_specs=(batch,) * len(args) + (whole,) * len(replicated),
+    out_specs=batch,
+    axis_names=set(axes),
+  )(*args, *replicated)

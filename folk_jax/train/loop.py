@@ -1,0 +1,208 @@
+"""One pre-training run, from a configuration to a workdir: this file joins the rooms."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from folk_jax import checkpoint, data
+from folk_jax import config as config_lib
+from folk_jax.errors import UserError
+from folk_jax.train import initial, metrics, sharding
+from folk_jax.train.evaluation import Evaluation
+from folk_jax.train.guard import Guard, GuardSettings
+from folk_jax.train.run import Run, data_settings, make_run
+from folk_jax.train.state import TrainState
+
+
+def _prepare_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Writes config.json, or checks it where the workdir holds a run already."""
+  file = workdir / 'config.json'
+  try:
+    if file.exists():
+      config_lib.check_same_run(json.loads(file.read_text()), config, str(workdir))
+      return
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      fresh = workdir / 'config.json.tmp'
+      fresh.write_text(config_lib.to_json(config))
+      fresh.replace(file)
+  except (OSError, json.JSONDecodeError) as error:
+    raise UserError(
+      f'cannot use workdir {workdir}: {error}. Give a --workdir that can be written.'
+    ) from error
+
+
+def _set_compilation_cache(path: str) -> None:
+  if path:
+    jax.config.update('jax_compilation_cache_dir', str(epath.Path(path).expanduser()))
+
+
+def _first_state(
+  config: ml_collections.ConfigDict, run: Run, checkpoints: checkpoint.Checkpoints, mesh: Mesh
+) -> TrainState:
+  """The newest checkpoint's state, or one at step 0, on the mesh."""
+  key = jax.random.key(config.seed)
+  abstract = jax.eval_shape(run.new_state, key, {})
+  shardings = sharding.state_shardings(abstract, mesh)
+  if checkpoints.latest_step() is not None:
+    placed = jax.tree.map(
+      lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+    )
+    state, _ = checkpoints.restore(placed)
+    return state
+  loaded = {}
+  if config.init_from:
+    loaded = initial.load(
+      config.init_from, abstract.params, image_size=config.image_size, patch=config.model.patch
+    )
+  return jax.jit(run.new_state, out_shardings=shardings)(key, loaded)
+
+
+def compile_step(run: Run, state: Any, mesh: Mesh) -> Any:
+  """The jitted train step: state sharded and donated, images over all devices, metrics on every device."""
+  shardings = sharding.state_shardings(state, mesh)
+  return jax.jit(
+    run.step,
+    in_shardings=(shardings, sharding.batch_sharding(mesh)),
+    out_shardings=(shardings, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
+def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Runs `config` in `workdir` to its last step, from its newest checkpoint where there is one.
+
+  Raises:
+    UserError: for what the user can mend.
+    RunStopped: where the guard stops the run.
+  """
+  config_lib.check_layout(config.batch_size, config.accumulate, jax.device_count(), config.mesh.fsdp)
+  _set_compilation_cache(config.compilation_cache)
+  settings = data_settings(config)
+  source = data.make_source(settings, 'train')
+  run = make_run(config, len(source))
+  _prepare_workdir(config, epath.Path(workdir).expanduser())
+  mesh = sharding.make_mesh(config.mesh.fsdp)
+  checkpoints = checkpoint.Checkpoints(
+    str(epath.Path(workdir).expanduser() / 'checkpoints'),
+    config.checkpoint.every,
+    config.checkpoint.keep,
+    config.checkpoint.permanent_every,
+    config.checkpoint.asynchronous,
+  )
+  with jax.set_mesh(mesh), checkpoints:
+    state = _first_state(config, run, checkpoints, mesh)
+    _train(config, workdir, run, state, source, settings, checkpoints, mesh)
+
+
+def _train(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  run: Run,
+  state: TrainState,
+  source: data.Source,
+  settings: data.DataSettings,
+  checkpoints: checkpoint.Checkpoints,
+  mesh: Mesh,
+) -> None:
+  """Steps from `state` to the end: data, step, metrics a step late, guard, evaluations, checkpoints."""
+  start, total = int(state.step), run.total_steps
+  primary = jax.process_index() == 0
+  train_step = compile_step(run, state, mesh)
+  evaluation = Evaluation(config, run, settings, mesh)
+  guard = Guard(GuardSettings(**config.guard))
+  timer, late = metrics.StepTimer(), metrics.Late()
+  writer = metrics.MetricWriter(
+    workdir,
+    tensorboard=config.logging.tensorboard,
+    wandb=config.logging.wandb,
+    config=config.to_dict(),
+    start_step=start,
+    primary=primary,
+  )
+  progress = metrics.Progress(total, start, enabled=primary and config.logging.progress)
+  if start:
+    progress.say(f'resuming {workdir} at step {start} of {total}')
+
+  def report(read: tuple[int, dict[str, float]] | None) -> None:
+    """Logs and checks the metrics of a step that is over."""
+    if read is None:
+      return
+    step, values = read
+    scalars = {f'train/{name}': value for name, value in values.items()} | timer.scalars()
+    scalars |= {f'train/{name}': float(schedule(step - 1)) for name, schedule in run.schedules.items()}
+    writer.write(step, scalars)
+    progress.update(step, scalars)
+    guard.check(step, values)
+
+  def evaluate(step: int) -> None:
+    with timer.paused():
+      scalars = evaluation(state)
+      writer.write(step, scalars)
+      progress.say(_evaluation_line(step, scalars))
+
+  batches = data.train_batches(
+    source,
+    settings,
+    seed=config.seed,
+    step=start,
+    batch_size=config.batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  with writer, progress, contextlib.closing(batches):
+    if start == 0 and config.evaluation.at_start:
+      evaluate(0)
+    for step in range(start + 1, total + 1):
+      with timer.waiting():
+        batch = sharding.put_batch(next(batches), mesh)
+      state, values = train_step(state, batch)
+      timer.tick(config.batch_size)
+      report(late.flush())  # The step before: reading it doesn't stall the one just launched.
+      progress.update(step)
+      last = step == total
+      if last or step % config.log_every == 0:
+        late.push(step, values)
+      if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        report(late.flush())
+        guard.check(step, {name: float(value) for name, value in values.items()})
+        with timer.paused():
+          checkpoints.save(
+            step, state, {'step': step, 'config': json.loads(config_lib.to_json(config))}, force=last
+          )
+      if last or (config.eval_every and step % config.eval_every == 0):
+        evaluate(step)
+    if batches.bad_count:
+      logging.warning('%d undecodable images were replaced: %s', batches.bad_count, batches.bad_names)
+  if primary:
+    print(_summary(workdir, total))
+
+
+def _evaluation_line(step: int, scalars: Mapping[str, float]) -> str:
+  fields = [f'evaluation at step {step}:']
+  if 'eval/knn_top1' in scalars:
+    fields.append(f'kNN top-1 {scalars["eval/knn_top1"]:.2%}')
+  if 'eval/reconstruction' in scalars:
+    share = scalars['eval/reconstruction'] / max(scalars['eval/reconstruction_of_mean'], 1e-12)
+    fields.append(f'reconstruction error {share:.1%} of predicting the mean')
+  return '  '.join(fields)
+
+
+def _summary(workdir: str, total: int) -> str:
+  """What a person wants to know at the end: the features before and after, and where everything is."""
+  evaluations = [line for line in metrics.read_metrics(workdir) if 'eval/knn_top1' in line]
+  lines = [f'done: {total} steps in {workdir}']
+  if evaluations:
+    before, after = evaluations[0], evaluations[-1]
+    lines.append(
+      f'kNN top-1: {before["eval/knn_top1"]:.2%} at step {before["step"]}, '
+      f'{after["eval/knn_top1"]:.2%} at step {after["step"]}'
+    )
+  return '\n'.join(lines)

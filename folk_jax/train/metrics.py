@@ -1,0 +1,365 @@
+"""What a run says about itself: files of scalars, a progress line, throughput.
+
+`MetricWriter` writes `metrics.jsonl`, TensorBoard and, where asked, Weights & Biases. `StepTimer`
+measures images/s and the share of time spent waiting for data. `Late` keeps device scalars until
+the next step is under way, so that the loop never waits for the step it has just launched.
+`Progress` is the line on the screen.
+"""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+import numpy as np
+import tqdm
+from etils import epath
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer import event_file_writer
+
+from folk_jax.errors import UserError
+
+
+class MetricWriter:
+  """Writes scalars of a step to every place that keeps them; a context manager.
+
+  `metrics.jsonl` has a JSON object a line: `step` and slash-named scalars. NaN and the infinities,
+  which JSON does not have, are the strings 'nan', 'inf' and '-inf', all of which `float()` reads
+  back: a null would not tell an overflow from a division by zero. TensorBoard gets them as they
+  are.
+
+  A resumed run cuts the file after the step it resumes from, so that no step stands there twice;
+  TensorBoard is told to hide its later points likewise.
+  """
+
+  def __init__(
+    self,
+    workdir: str,
+    *,
+    tensorboard: bool = True,
+    wandb: bool = False,
+    config: Mapping[str, Any] | None = None,
+    start_step: int = 0,
+    primary: bool = True,
+  ):
+    """Opens the files.
+
+    Args:
+      workdir: the run's folder, local or in object storage (`gs://...`); made where it is missing.
+      tensorboard: also write event files to `<workdir>/tensorboard/`.
+      wandb: also log to Weights & Biases, whose own environment variables name project and account.
+      config: what W&B shows as the run's configuration.
+      start_step: the step the run resumes from; lines of later steps are dropped, and so is a
+        last line that a kill cut short.
+      primary: whether this process writes; all others of a run pass False and write nothing.
+
+    Raises:
+      UserError: wandb asked for and not installed, or a workdir that cannot be written.
+    """
+    self._lines = self._events = self._wandb = None
+    if wandb:
+      try:
+        import wandb as wandb_module  # an optional package: only where it is asked for
+      except ImportError as error:
+        raise UserError(
+          'W&B logging is on, but wandb is not installed: pip install wandb, or turn it off'
+        ) from error
+    if not primary:
+      return
+    path = epath.Path(workdir)
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+      self._lines = _Lines(path / 'metrics.jsonl', start_step)
+      if tensorboard:
+        self._events = event_file_writer.EventFileWriter(str(path / 'tensorboard'))
+        if start_step:
+          # TensorBoard's convention for a restarted job: it drops older points from here on.
+          start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+          self._add_event(start_step + 1, session_log=start)
+    except (OSError, ImportError) as error:
+      raise UserError(
+        f'cannot write metrics to {workdir}: {error}; give a --workdir that can be written'
+      ) from error
+    if wandb:
+      self._wandb = wandb_module.init(
+        config=dict(config or {}),
+        dir=str(path) if '://' not in str(workdir) else None,
+        id=_run_id(path),
+        resume='allow',
+      )
+
+  def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Writes scalars (Python, NumPy or jax, for which it waits) under their slash-named keys."""
+    values = {key: float(value) for key, value in scalars.items()}
+    if self._lines is not None:
+      self._lines.add(step, values)
+    if self._events is not None:
+      points = [
+        summary_pb2.Summary.Value(tag=key, simple_value=value) for key, value in values.items()
+      ]
+      self._add_event(step, summary=summary_pb2.Summary(value=points))
+      self._events.flush()
+    if self._wandb is not None:
+      self._wandb.log(values, step=step)
+
+  def _add_event(self, step: int, **what: Any) -> None:
+    self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
+
+  def close(self) -> None:
+    """Flushes and closes; a second call does nothing."""
+    for name in ('_lines', '_events'):
+      if getattr(self, name) is not None:
+        getattr(self, name).close()
+        setattr(self, name, None)
+    if self._wandb is not None:
+      self._wandb.finish()
+      self._wandb = None
+
+  def __enter__(self) -> 'MetricWriter':
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+
+def read_metrics(workdir: str) -> list[dict[str, float]]:
+  """Reads `metrics.jsonl` back: a dict a line, 'nan' and 'inf' as floats, no line cut short."""
+  path = epath.Path(workdir) / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  lines = []
+  for line in path.read_text().splitlines():
+    with contextlib.suppress(json.JSONDecodeError):
+      record = json.loads(line)
+      lines.append({key: value if key == 'step' else float(value) for key, value in record.items()})
+  return lines
+
+
+class _Lines:
+  """A JSONL file that grows a line at a time, flushed at each: a kill costs none."""
+
+  # Object stores cannot append: there the file, which is small, is written anew this often.
+  REWRITE_SECONDS = 60
+
+  def __init__(self, path: epath.Path, start_step: int):
+    self._path = path
+    self._remote = '://' in str(path)
+    text = path.read_text() if path.exists() else ''
+    kept = ''.join(f'{line}\n' for line in text.splitlines() if _belongs(line, start_step))
+    if kept != text:
+      _replace(path, kept)
+    self._text, self._written_at = kept, time.monotonic()
+    self._file = None if self._remote else open(path, 'a', encoding='utf-8')
+
+  def add(self, step: int, values: Mapping[str, float]) -> None:
+    record = {'step': int(step)} | {
+      key: value if math.isfinite(value) else str(value) for key, value in values.items()
+    }
+    line = json.dumps(record, allow_nan=False) + '\n'
+    if self._file is not None:
+      self._file.write(line)
+      self._file.flush()
+      return
+    self._text += line
+    if time.monotonic() - self._written_at > self.REWRITE_SECONDS:
+      self._rewrite()
+
+  def _rewrite(self) -> None:
+    self._path.write_text(self._text)
+    self._written_at = time.monotonic()
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+    else:
+      self._rewrite()
+
+
+def _belongs(line: str, start_step: int) -> bool:
+  try:
+    return json.loads(line)['step'] <= start_step
+  except (json.JSONDecodeError, KeyError, TypeError):
+    return False  # cut short by a kill
+
+
+def _replace(path: epath.Path, text: str) -> None:
+  """Writes a file so that a kill leaves the old one or the new one, never a part."""
+  fresh = path.parent / f'{path.name}.tmp'
+  fresh.write_text(text)
+  fresh.replace(path)
+
+
+def _run_id(path: epath.Path) -> str:
+  """W&B's name of this run, kept in the workdir: a resumed run goes on with the same curves."""
+  file = path / 'wandb_id'
+  if not file.exists():
+    file.write_text(np.random.default_rng().bytes(4).hex())
+  return file.read_text()
+
+
+class StepTimer:
+  """Images/s and the share of time spent waiting for data, since the last `scalars()`.
+
+  `with timer.waiting(): batch = next(batches)`, then the step, then `timer.tick(images)`. Steps are
+  launched without waiting for them, so a single one's time means nothing: a window's does.
+  """
+
+  def __init__(self):
+    self._restart()
+
+  def _restart(self) -> None:
+    self._began = time.perf_counter()
+    self._waited, self._images, self._steps = 0.0, 0, 0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Counts the time inside as waiting for data."""
+    began = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._waited += time.perf_counter() - began
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time inside out: an evaluation, a save that blocks."""
+    began = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._began += time.perf_counter() - began
+
+  def tick(self, images: int) -> None:
+    """Counts a step over this many images of all processes; a pair of views is one image."""
+    self._images += images
+    self._steps += 1
+
+  def scalars(self) -> dict[str, float]:
+    """Ends the window: `train/images_per_second`, `train/step_seconds`, `train/data_wait` in [0, 1].
+
+    Empty where no step was counted.
+    """
+    elapsed = max(time.perf_counter() - self._began, 1e-9)
+    steps, images, waited = self._steps, self._images, self._waited
+    self._restart()
+    if not steps:
+      return {}
+    return {
+      'train/images_per_second': images / elapsed,
+      'train/data_wait': min(waited / elapsed, 1.0),
+      'train/step_seconds': elapsed / steps,
+    }
+
+
+class Late:
+  """Holds a step's device scalars until the next push, when reading them stalls nothing."""
+
+  def __init__(self):
+    self._held = None
+
+  def push(self, step: int, scalars: Mapping[str, Any]) -> tuple[int, dict[str, float]] | None:
+    """Takes a step's scalars (arrays of shape []); returns those of the push before as floats."""
+    before = self.flush()
+    self._held = (step, dict(scalars))
+    for value in scalars.values():
+      if hasattr(value, 'copy_to_host_async'):
+        value.copy_to_host_async()
+    return before
+
+  def flush(self) -> tuple[int, dict[str, float]] | None:
+    """Returns what is held, or None: for the end of a run, or a guard that cannot wait."""
+    if self._held is None:
+      return None
+    (step, scalars), self._held = self._held, None
+    return step, {key: float(value) for key, value in scalars.items()}
+
+
+class Progress:
+  """A bar on a terminal, elsewhere a plain line at each update with scalars; both on stderr.
+
+  They show the step, the loss, images/s, the share of time spent waiting for data, and the ETA.
+  """
+
+  _SHOWN = {
+    'train/loss': ('loss', '{:.4f}'),
+    'train/images_per_second': ('images/s', '{:.1f}'),
+    'train/data_wait': ('data wait', '{:.0%}'),
+  }
+
+  def __init__(
+    self, total_steps: int, start_step: int = 0, enabled: bool = True, stream: TextIO | None = None
+  ):
+    """Begins the line.
+
+    Args:
+      total_steps: of the whole run.
+      start_step: the step it resumes from.
+      enabled: False on all processes of a run but one, which say nothing.
+      stream: stderr by default.
+    """
+    stream = stream or sys.stderr
+    self._stream, self._enabled = stream, enabled
+    self._total, self._start, self._step = total_steps, start_step, start_step
+    self._began = time.perf_counter()
+    self._bar = None
+    if enabled and stream.isatty():
+      self._bar = tqdm.tqdm(
+        total=total_steps,
+        initial=start_step,
+        file=stream,
+        dynamic_ncols=True,
+        unit='step',
+        smoothing=0.1,
+      )
+
+  def update(self, step: int, scalars: Mapping[str, float] | None = None) -> None:
+    """Moves to `step`, the steps done. Without scalars only a bar moves."""
+    if not self._enabled:
+      return
+    shown = {
+      label: form.format(scalars[key])
+      for key, (label, form) in self._SHOWN.items()
+      if scalars and key in scalars
+    }
+    if self._bar is not None:
+      if shown:
+        self._bar.set_postfix(shown, refresh=False)
+      self._bar.update(step - self._step)
+    elif scalars:
+      fields = [
+        f'step {step}/{self._total}',
+        *(f'{label} {value}' for label, value in shown.items()),
+      ]
+      self.say('  '.join([*fields, f'ETA {self._time_to_go(step)}']))
+    self._step = step
+
+  def say(self, line: str) -> None:
+    """Prints a line above the bar, or as it is where there is none."""
+    if not self._enabled:
+      return
+    if self._bar is not None:
+      self._bar.write(line, file=self._stream)
+    else:
+      print(line, file=self._stream, flush=True)
+
+  def _time_to_go(self, step: int) -> str:
+    done = step - self._start
+    if done <= 0:
+      return 'unknown'
+    seconds = (time.perf_counter() - self._began) / done * (self._total - step)
+    return tqdm.tqdm.format_interval(seconds)
+
+  def close(self) -> None:
+    """Ends the bar's line."""
+    if self._bar is not None:
+      self._bar.close()
+      self._bar = None
+
+  def __enter__(self) -> 'Progress':
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()

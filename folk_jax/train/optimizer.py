@@ -1,0 +1,178 @@
+"""AdamW as the papers' code has it: schedules, decay masks, clipping and a last layer that starts late."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from folk_jax import schedules
+from folk_jax.errors import UserError
+from folk_jax.train.teacher import ema_teacher
+
+# Leaves under this key carry a leading layer axis (models/vit.py scans over it): they count as one axis less.
+_STACKED = 'blocks'
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+  """Fields of `config.optimizer`; the learning rate is for 256 images and is scaled linearly by the batch."""
+
+  learning_rate: float
+  final_learning_rate: float
+  warmup_epochs: float
+  schedule: str
+  weight_decay: float
+  final_weight_decay: float
+  decay_exclude: tuple[str, ...]
+  b1: float
+  b2: float
+  eps: float
+  clip: float
+  clip_by: str
+  freeze_last_layer_epochs: float
+
+
+class DelayedState(NamedTuple):
+  """State of `delayed`: the step count and the wrapped state, untouched until the start."""
+
+  count: jax.Array
+  inner: Any
+
+
+def delayed(inner: optax.GradientTransformation, start_step: int) -> optax.GradientTransformation:
+  """Zero updates before `start_step`, then `inner` as if it began there.
+
+  The reference drops the last layer's gradients during the first epoch, so that its moments and its bias correction
+  start with the first real gradient and no decay touches it before (DINO's utils.cancel_gradients_last_layer).
+  """
+
+  def init(params):
+    return DelayedState(jnp.zeros([], jnp.int32), inner.init(params))
+
+  def update(updates, state, params=None):
+    started = state.count >= start_step
+    moved, inner_state = inner.update(updates, state.inner, params)
+    moved = jax.tree.map(lambda u: jnp.where(started, u, jnp.zeros_like(u)), moved)
+    inner_state = jax.tree.map(lambda new, old: jnp.where(started, new, old), inner_state, state.inner)
+    return moved, DelayedState(optax.safe_increment(state.count), inner_state)
+
+  return optax.GradientTransformation(init, update)
+
+
+def clip_by_parameter(limit: float) -> optax.GradientTransformation:
+  """Scales each parameter's gradient to a norm of at most `limit`; stacked layers count one by one.
+
+  As DINO's and iBOT's code clips: min(1, limit / (norm + 1e-6)) per parameter tensor.
+  """
+
+  def clip(path, gradient):
+    axes = tuple(range(1 if _is_stacked(path) else 0, gradient.ndim))
+    norm = jnp.sqrt(jnp.sum(jnp.square(gradient), axis=axes, keepdims=True))
+    return gradient * jnp.minimum(1.0, limit / (norm + 1e-6))
+
+  return optax.stateless(lambda updates, params: jax.tree.map_with_path(clip, updates))
+
+
+_CLIPS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+  'parameter': clip_by_parameter,
+  'global': optax.clip_by_global_norm,
+}
+
+
+def decay_mask(params: Any, exclude: tuple[str, ...] = ()) -> Any:
+  """True where weight decay applies: parameters of two axes or more (layers unstacked) that `exclude` doesn't name."""
+
+  def decays(path, leaf):
+    names = [_name(entry) for entry in path]
+    return leaf.ndim - _is_stacked(path) > 1 and not any(name in exclude for name in names)
+
+  return jax.tree.map_with_path(decays, params)
+
+
+def make_optimizer(
+  settings: OptimizerSettings,
+  *,
+  batch_size: int,
+  steps_per_epoch: float,
+  total_steps: int,
+  teacher_parts: tuple[str, ...] = (),
+  momentum: tuple[float, float] = (0.996, 1.0),
+) -> tuple[optax.GradientTransformationExtraArgs, dict[str, Callable[[jax.Array], jax.Array]]]:
+  """The whole chain: clip, AdamW, late last layer, EMA teacher.
+
+  Args:
+    settings: `config.optimizer`.
+    batch_size: global batch in images.
+    steps_per_epoch: optimiser steps an epoch.
+    total_steps: length of the run; the schedules end there.
+    teacher_parts: parameter trees that the teacher mirrors; () for no teacher.
+    momentum: the teacher's momentum at the start and at the end, a cosine between.
+
+  Returns:
+    The transformation, and its schedules by name (learning_rate, weight_decay, teacher_momentum) for the log.
+
+  Raises:
+    UserError: for an unknown `clip_by` or `schedule`.
+  """
+  if settings.clip_by not in _CLIPS:
+    raise UserError(f'unknown config.optimizer.clip_by {settings.clip_by!r}. Known: {", ".join(_CLIPS)}.')
+  if settings.schedule not in ('dino', 'timm'):
+    raise UserError(f'unknown config.optimizer.schedule {settings.schedule!r}. Known: dino, timm.')
+  warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
+  if warmup_steps >= total_steps:
+    raise UserError(
+      f'config.optimizer.warmup_epochs {settings.warmup_epochs} is {warmup_steps} steps, which is not less than the '
+      f"run's {total_steps}: lower it or train longer."
+    )
+  scale = batch_size / 256
+  rates = {
+    'learning_rate': schedules.warmup_cosine(
+      peak=settings.learning_rate * scale,
+      final=settings.final_learning_rate,
+      warmup_steps=warmup_steps,
+      total_steps=total_steps,
+      convention=settings.schedule,
+    ),
+    'weight_decay': schedules.cosine(settings.weight_decay, settings.final_weight_decay, total_steps),
+    'teacher_momentum': schedules.cosine(*momentum, total_steps),
+  }
+
+  def adamw(start_step: int) -> optax.GradientTransformation:
+    """AdamW whose own step 0 is the run's `start_step`."""
+    return optax.chain(
+      optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
+      optax.add_decayed_weights(
+        _shifted(rates['weight_decay'], start_step),
+        mask=lambda tree: decay_mask(tree, settings.decay_exclude),
+      ),
+      optax.scale_by_learning_rate(_shifted(rates['learning_rate'], start_step)),
+    )
+
+  late = round(settings.freeze_last_layer_epochs * steps_per_epoch)
+  links = [_CLIPS[settings.clip_by](settings.clip)] if settings.clip else []
+  links.append(optax.partition({'now': adamw(0), 'late': delayed(adamw(late), late)}, _labels))
+  if teacher_parts:
+    links.append(ema_teacher(rates['teacher_momentum'], teacher_parts))
+  else:
+    del rates['teacher_momentum']
+  return optax.with_extra_args_support(optax.chain(*links)), rates
+
+
+def _shifted(schedule: optax.Schedule, start_step: int) -> optax.Schedule:
+  return lambda count: schedule(count + start_step)
+
+
+def _labels(params: Any) -> Any:
+  """'late' for the projection head's last layer, 'now' for everything else."""
+  return jax.tree.map_with_path(lambda path, _: 'late' if 'last_layer' in map(_name, path) else 'now', params)
+
+
+def _is_stacked(path: tuple[Any, ...]) -> bool:
+  return _STACKED in map(_name, path)
+
+
+def _name(entry: Any) -> str:
+  return str(getattr(entry, 'key', getattr(entry, 'name', entry)))

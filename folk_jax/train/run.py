@@ -1,0 +1,92 @@
+"""From a configuration to what it names: objective, optimiser, step, data settings. Only here is a ConfigDict read."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from folk_jax import data, models
+from folk_jax.objectives import Objective, Parts, make_objective
+from folk_jax.signal.augment import Augmentation
+from folk_jax.train import state as state_lib
+from folk_jax.train.optimizer import OptimizerSettings, make_optimizer
+from folk_jax.train.state import TrainState
+from folk_jax.train.step import Step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a configuration becomes, before any data is read or any parameter exists.
+
+  Attributes:
+    objective: the method.
+    total_steps: optimiser steps of the whole run.
+    new_state: jittable, (key, trees by name that replace fresh parameters) to a `TrainState` at step 0.
+    step: the pure train step.
+    schedules: functions of the step that are logged beside the metrics.
+  """
+
+  objective: Objective
+  total_steps: int
+  new_state: Callable[[jax.Array, Mapping[str, Any]], TrainState]
+  step: Step
+  schedules: Mapping[str, Callable[[Any], jax.Array]]
+
+
+def make_run(config: ml_collections.ConfigDict, images: int) -> Run:
+  """Builds objective, optimiser and step for a training set of `images` samples. Touches no device memory."""
+  steps_per_epoch = images / config.batch_size
+  total_steps = config.total_steps or max(1, round(config.epochs * steps_per_epoch))
+  dtype = compute_dtype(config.model.dtype)
+  fields = dict(config.model) | {'dtype': dtype, 'layer_scale': config.model.layer_scale or None}
+  views = [config.views[name] for name in sorted(config.views)]
+  parts = Parts(
+    backbone=models.make_backbone(fields.pop('name'), config.image_size, **fields),
+    image_size=config.image_size,
+    patch=config.model.patch,
+    projection=dict(config.projection),
+    augmentations=tuple(from_config(Augmentation, view) for view in views),
+    mean=tuple(config.data.mean),
+    std=tuple(config.data.std),
+    steps_per_epoch=steps_per_epoch,
+    has_teacher=config.teacher.enabled,
+    dtype=dtype,
+  )
+  settings = dict(config.objective)
+  objective = make_objective(settings.pop('name'), parts, settings)
+  optimizer, schedules = make_optimizer(
+    OptimizerSettings(**config.optimizer),
+    batch_size=config.batch_size,
+    steps_per_epoch=steps_per_epoch,
+    total_steps=total_steps,
+    teacher_parts=objective.teacher_parts if config.teacher.enabled else (),
+    momentum=(config.teacher.momentum, config.teacher.momentum_final),
+  )
+
+  def new_state(rng: jax.Array, loaded: Mapping[str, Any]) -> TrainState:
+    params, extra = objective.init(rng, None)
+    return state_lib.create(params | dict(loaded), extra, optimizer)
+
+  step = make_train_step(objective, optimizer, seed=config.seed, accumulate=config.accumulate)
+  return Run(objective, total_steps, new_state, step, schedules)
+
+
+def compute_dtype(name: str) -> str:
+  """'auto' is bfloat16 on TPU and GPU and float32 on CPU, where XLA gains nothing from bfloat16."""
+  if name != 'auto':
+    return name
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+
+def data_settings(config: ml_collections.ConfigDict) -> data.DataSettings:
+  """The data room's settings: `config.data` and the host's part of `config.views`."""
+  views = tuple(from_config(data.ViewSettings, config.views[name]) for name in sorted(config.views))
+  fields = {k: v for k, v in config.data.items() if k not in ('mean', 'std')}
+  return data.DataSettings(image_size=config.image_size, views=views, **fields)
+
+
+def from_config(kind: type, config: Mapping[str, Any]) -> Any:
+  """A dataclass from those keys of `config` that it knows; a view's keys are shared between host and device."""
+  return kind(**{field.name: config[field.name] for field in dataclasses.fields(kind)})
