@@ -26,7 +26,9 @@ def long_description() -> str:
 # one may work, but nobody has tried it. tests/test_packaging.py keeps the two files in step.
 RUNTIME = [
   'absl-py>=2.5.1',
+  'array_record>=0.8.6',
   'chex>=0.1.92',
+  'etils[epath]>=1.15.0',
   'flax>=0.12.8',
   'grain>=0.2.18',
   'jax>=0.10.2',
@@ -43,7 +45,6 @@ RUNTIME = [
   'simplejpeg>=1.9.0',
   'tensorboard>=2.21.0',
   'tensorflow-datasets>=4.9.10',
-  'array_record>=0.8.6',
   'tqdm>=4.70.1',
 ]
 

@@ -275,6 +275,9 @@ def _read_tree(path: epath.Path, step: int) -> Any:
 def _reading(path: epath.Path, step: int) -> Iterator[None]:
   """Turns what Orbax and TensorStore raise on damaged files into one line that names the step.
 
+  Missing and cut files are found, and damage to indices, which carry checksums. The data of large
+  arrays do not: a flipped bit there is for the file system to find.
+
   Where one array fails, Orbax abandons the reads of all the others. Each of them would print a
   traceback of its own, from TensorStore's threads, the event loop or the garbage collector: they
   are given a moment to end, unheard.

@@ -9,8 +9,8 @@ and a cosine is written as a squared sine of the distance to the *nearer* end. I
 a thousandth of the peak it is wrong in the fifth digit.
 """
 
-from collections.abc import Callable
 import math
+from collections.abc import Callable
 
 import jax
 from jax import numpy as jnp

@@ -11,8 +11,8 @@ palettes are converted by Pillow; of an animation the first frame counts.
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
 import simplejpeg
+from PIL import Image, ImageOps
 
 # Pillow's own threshold for a decompression bomb: 268 MB decoded. Larger files count as bad.
 MAX_PIXELS = 89_478_485
@@ -76,7 +76,9 @@ def _decode_any(data: bytes) -> np.ndarray:
     raise BadImage('not an image') from None
   except MemoryError:
     raise
-  except Exception as error:  # Pillow's plug-ins raise anything: OSError, SyntaxError, struct.error, ...
+  except (
+    Exception
+  ) as error:  # Pillow's plug-ins raise anything: OSError, SyntaxError, struct.error, ...
     raise BadImage(f'{type(error).__name__}: {error}'.splitlines()[0]) from error
 
 

@@ -47,7 +47,9 @@ def _find(package: str, file: str) -> str:
     if os.path.isfile(path):
       return path
   wheel = _INSTALLED_AS[package]
-  raise UserError(f"data.source 'embedded' needs {file} of the {wheel} wheel; run: pip install --upgrade {wheel}")
+  raise UserError(
+    f"data.source 'embedded' needs {file} of the {wheel} wheel; run: pip install --upgrade {wheel}"
+  )
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Images in folders: class folders, or one folder of unlabelled images; any format that Pillow reads."""
 
-from collections.abc import Iterator
 import os
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -33,7 +33,9 @@ def split_folder(settings: DataSettings, split: str) -> str:
   """
   path = settings.path
   if not path:
-    raise UserError("data.path is empty; source 'folder' needs the folder of images (:data=folder,path=DIR)")
+    raise UserError(
+      "data.path is empty; source 'folder' needs the folder of images (:data=folder,path=DIR)"
+    )
   if not os.path.isdir(path):
     found = 'is a file' if os.path.exists(path) else 'does not exist'
     raise UserError(f"data.path '{path}' {found}; give a folder of images")
@@ -45,9 +47,15 @@ def split_folder(settings: DataSettings, split: str) -> str:
     others = [name for name in TEST_SPLITS if os.path.isdir(os.path.join(path, name))]
     if not others:
       return path
-    raise UserError(f"'{path}' holds '{others[0]}' but no 'train' folder; add one, or set data.train_split")
-  names = f"'{wanted}'" if wanted else ', '.join(f"'{name}'" for name in TEST_SPLITS[:-1]) + " or 'test'"
-  raise UserError(f"'{path}' holds no folder {names} for the {split} split; add one, or set data.{split}_split")
+    raise UserError(
+      f"'{path}' holds '{others[0]}' but no 'train' folder; add one, or set data.train_split"
+    )
+  names = (
+    f"'{wanted}'" if wanted else ', '.join(f"'{name}'" for name in TEST_SPLITS[:-1]) + " or 'test'"
+  )
+  raise UserError(
+    f"'{path}' holds no folder {names} for the {split} split; add one, or set data.{split}_split"
+  )
 
 
 class FolderSource(Source):
@@ -67,7 +75,9 @@ class FolderSource(Source):
       self.class_names = self._training_classes(settings)
       listed = [(path, self._number(path)) for path, _ in listed]
     if not listed:
-      raise UserError(f"no images under '{self._root}'; expected files that Pillow reads (.jpg, .png, ...)")
+      raise UserError(
+        f"no images under '{self._root}'; expected files that Pillow reads (.jpg, .png, ...)"
+      )
     if not any(label >= 0 for _, label in listed):
       self.class_names = ()
     encoded = [os.fsencode(path) for path, _ in listed]
@@ -86,7 +96,9 @@ class FolderSource(Source):
     if os.sep not in path:
       return -1
     if name not in self.class_names:
-      raise UserError(f"class folder '{name}' of '{self._root}' is not among the training split's classes")
+      raise UserError(
+        f"class folder '{name}' of '{self._root}' is not among the training split's classes"
+      )
     return self.class_names.index(name)
 
   def __len__(self) -> int:

@@ -8,17 +8,16 @@ run that resumes at step n gets what the uninterrupted run got.
 Grain is imported where it is used: it imports jax wherever jax is installed, and this room must load without.
 """
 
-from collections.abc import Iterator
 import math
 import os
 import pickle
 import shutil
-from typing import Any
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
-from absl import flags
-from absl import logging
 import numpy as np
+from absl import flags, logging
 
 from folk_jax.data.decode import BadImage, decode
 from folk_jax.data.settings import DataSettings
@@ -61,7 +60,9 @@ class _Task:
         raise RuntimeError(f'{type(error).__name__}: {error}') from None
       raise
 
-  def _row(self, views: np.ndarray | None, label: int, index: int, skipped: int) -> dict[str, np.ndarray]:
+  def _row(
+    self, views: np.ndarray | None, label: int, index: int, skipped: int
+  ) -> dict[str, np.ndarray]:
     valid = views is not None
     if not valid:
       side = self._settings.image_size
@@ -94,7 +95,9 @@ class _TrainTask(_Task):
         image_HWC, label = self._read(index)
       except BadImage:
         continue
-      views_VHWC = np.empty((self.views_per_row, settings.image_size, settings.image_size, 3), np.uint8)
+      views_VHWC = np.empty(
+        (self.views_per_row, settings.image_size, settings.image_size, 3), np.uint8
+      )
       for view_HWC, view in zip(views_VHWC, settings.views, strict=True):
         view_HWC[:] = random_view(image_HWC, settings.image_size, view, settings.interpolation, rng)
       return self._row(views_VHWC, label, index, skipped)
@@ -117,7 +120,9 @@ class _EvalTask(_Task):
       image_HWC, label = self._read(index)
     except BadImage:
       return self._row(None, self._source.label(index), index, 1)
-    view_HWC = centre_view(image_HWC, settings.image_size, settings.short_side, settings.interpolation)
+    view_HWC = centre_view(
+      image_HWC, settings.image_size, settings.short_side, settings.interpolation
+    )
     return self._row(view_HWC[None], label, index, 0)
 
 
@@ -131,7 +136,13 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     bad_names: the samples met so far that do not decode, by name, in the order met.
   """
 
-  def __init__(self, rows: Iterator[dict[str, np.ndarray]], source: Source, settings: DataSettings, training: bool):
+  def __init__(
+    self,
+    rows: Iterator[dict[str, np.ndarray]],
+    source: Source,
+    settings: DataSettings,
+    training: bool,
+  ):
     self._rows = rows
     self._source = source
     self._settings = settings
@@ -160,7 +171,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         continue
       self._bad.add(bad)
       self.bad_names.append(self._source.name(bad))
-      logging.warning('skipping a bad file: %s (%s)', self.bad_names[-1], _reason(self._source, bad))
+      logging.warning(
+        'skipping a bad file: %s (%s)', self.bad_names[-1], _reason(self._source, bad)
+      )
     share = self._settings.max_bad_share
     if len(self._bad) > share * size:
       self.close()
@@ -171,7 +184,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
       )
     if self._training and skipped >= min(size, MAX_SKIPS):
       self.close()
-      raise UserError(f'{skipped} samples in a row do not decode, from {self._source.name(first % size)} on; mend them')
+      raise UserError(
+        f'{skipped} samples in a row do not decode, from {self._source.name(first % size)} on; mend them'
+      )
 
   def close(self) -> None:
     """Stops the workers; no batch can be asked for afterwards."""
@@ -194,11 +209,15 @@ def _reason(source: Source, index: int) -> str:
 
 def _rows_per_process(batch_size: int, process_count: int) -> int:
   if batch_size < 1 or batch_size % process_count:
-    raise UserError(f'batch_size {batch_size} is not a multiple of the {process_count} processes; give one that is')
+    raise UserError(
+      f'batch_size {batch_size} is not a multiple of the {process_count} processes; give one that is'
+    )
   return batch_size // process_count
 
 
-def _iterate(dataset: Any, settings: DataSettings, batch_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+def _iterate(
+  dataset: Any, settings: DataSettings, batch_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
   """Reads a Grain MapDataset of batches in threads, of this process or of workers."""
   import grain
 
@@ -206,7 +225,9 @@ def _iterate(dataset: Any, settings: DataSettings, batch_bytes: int) -> Iterator
   reading = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=settings.prefetch)
   batches = dataset.to_iter_dataset(reading)
   if settings.workers:
-    if not flags.FLAGS.is_parsed():  # Grain reads flags, and fails where no absl app has parsed them
+    if (
+      not flags.FLAGS.is_parsed()
+    ):  # Grain reads flags, and fails where no absl app has parsed them
       flags.FLAGS.mark_as_parsed()
     least = _MIN_SHARED_BYTES
     in_flight = settings.workers * 3 * batch_bytes
@@ -217,8 +238,12 @@ def _iterate(dataset: Any, settings: DataSettings, batch_bytes: int) -> Iterator
         'through pipes, which is slower (in Docker: --shm-size=8g)',
         stacklevel=3,
       )
-    batches = grain.experimental.WithOptionsIterDataset(batches, grain.experimental.DatasetOptions(min_shm_size=least))
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=1))
+    batches = grain.experimental.WithOptionsIterDataset(
+      batches, grain.experimental.DatasetOptions(min_shm_size=least)
+    )
+    batches = batches.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=1)
+    )
   return iter(batches)
 
 
@@ -268,9 +293,10 @@ def train_batches(
     .seed(seed % 2**32)
     .shuffle()
     .repeat()
-    .random_map(task)
-    # By process only after the draws are keyed: sliced before, processes would share their draws.
-    [process_index::process_count]
+    .random_map(task)[
+      # By process only after the draws are keyed: sliced before, processes would share their draws.
+      process_index::process_count
+    ]
     .batch(rows, drop_remainder=True)[step:]
   )
   batch_bytes = _batch_bytes(settings, rows, task.views_per_row)
@@ -305,6 +331,10 @@ def eval_batches(
 
   rows = _rows_per_process(batch_size, process_count)
   padded = math.ceil(len(source) / batch_size) * batch_size
-  dataset = grain.MapDataset.range(padded).map(_EvalTask(source, settings))[process_index::process_count]
+  dataset = grain.MapDataset.range(padded).map(_EvalTask(source, settings))[
+    process_index::process_count
+  ]
   dataset = dataset.batch(rows, drop_remainder=True)
-  return Batches(_iterate(dataset, settings, _batch_bytes(settings, rows, 1)), source, settings, training=False)
+  return Batches(
+    _iterate(dataset, settings, _batch_bytes(settings, rows, 1)), source, settings, training=False
+  )

@@ -1,12 +1,12 @@
 """What `folk_jax.data.prepare` is to write: the splits, shards and samples of a folder or of the ImageNet tars."""
 
-from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import hashlib
 import io
 import os
 import tarfile
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -79,7 +79,9 @@ def plan_folder(root: str, shard_samples: int) -> list[Plan]:
     starts = range(0, len(source), shard_samples)
     ranges = [range(start, min(start + shard_samples, len(source))) for start in starts]
     shards = tuple(Shard(functools.partial(_from_folder, source, r), len(r)) for r in ranges)
-    listing = hashlib.sha256('\n'.join(source.name(i) for i in range(len(source))).encode('utf-8', 'replace'))
+    listing = hashlib.sha256(
+      '\n'.join(source.name(i) for i in range(len(source))).encode('utf-8', 'replace')
+    )
     fingerprint = _fingerprint('folder', listing.hexdigest(), shard_samples)
     plans.append(Plan(split, sources['train'].class_names, shards, 'img', fingerprint))
   return plans
@@ -121,8 +123,12 @@ def plan_imagenet_tars(root: str, shard_samples: int) -> list[Plan]:
     labels = _validation_labels(root, wnids)
     members = sorted(_members(val_tar), key=lambda member: member.name)
     if len(members) != len(labels):
-      raise UserError(f"'{val_tar}' holds {len(members)} images, the devkit {len(labels)} labels; download both again")
-    chunks = [slice(start, start + shard_samples) for start in range(0, len(members), shard_samples)]
+      raise UserError(
+        f"'{val_tar}' holds {len(members)} images, the devkit {len(labels)} labels; download both again"
+      )
+    chunks = [
+      slice(start, start + shard_samples) for start in range(0, len(members), shard_samples)
+    ]
     shards = [
       Shard(
         functools.partial(_from_flat_tar, val_tar, members[chunk], labels[chunk]),
@@ -131,7 +137,11 @@ def plan_imagenet_tars(root: str, shard_samples: int) -> list[Plan]:
       for chunk in chunks
     ]
     sizes = [(member.name, member.size) for member in members]
-    plans.append(Plan('validation', wnids, tuple(shards), 'B', _fingerprint('tars', sizes, labels, shard_samples)))
+    plans.append(
+      Plan(
+        'validation', wnids, tuple(shards), 'B', _fingerprint('tars', sizes, labels, shard_samples)
+      )
+    )
   return plans
 
 
@@ -152,7 +162,9 @@ def _from_class_tars(path: str, chosen: list[tuple[int, tarfile.TarInfo]]) -> It
             yield Sample(inner.extractfile(file).read(), label, file.name, file.size)
 
 
-def _from_flat_tar(path: str, members: list[tarfile.TarInfo], labels: list[int]) -> Iterator[Sample]:
+def _from_flat_tar(
+  path: str, members: list[tarfile.TarInfo], labels: list[int]
+) -> Iterator[Sample]:
   with tarfile.open(path) as tar:
     for member, label in zip(members, labels, strict=True):
       yield Sample(tar.extractfile(member).read(), label, member.name, member.size)
@@ -162,7 +174,9 @@ def _validation_labels(root: str, wnids: tuple[str, ...]) -> list[int]:
   """Returns the validation images' classes, in the images' order, as positions in `wnids`."""
   path = os.path.join(root, DEVKIT_TAR)
   if not os.path.isfile(path):
-    raise UserError(f"{VAL_TAR} needs {DEVKIT_TAR} beside it for its labels; download it into '{root}'")
+    raise UserError(
+      f"{VAL_TAR} needs {DEVKIT_TAR} beside it for its labels; download it into '{root}'"
+    )
   from scipy import io as scipy_io
 
   try:
@@ -170,11 +184,15 @@ def _validation_labels(root: str, wnids: tuple[str, ...]) -> list[int]:
       truth = tar.extractfile(_DEVKIT + 'ILSVRC2012_validation_ground_truth.txt').read()
       meta = tar.extractfile(_DEVKIT + 'meta.mat').read()
   except (tarfile.TarError, OSError, EOFError, KeyError) as error:
-    raise UserError(f"'{path}' is not the ILSVRC2012 devkit ({error}); download it again") from error
+    raise UserError(
+      f"'{path}' is not the ILSVRC2012 devkit ({error}); download it again"
+    ) from error
   synsets = np.atleast_1d(scipy_io.loadmat(io.BytesIO(meta), squeeze_me=True)['synsets'])
   wnid_of = {int(row['ILSVRC2012_ID']): str(row['WNID']) for row in synsets}
   label_of = {wnid: label for label, wnid in enumerate(wnids)}
   try:
     return [label_of[wnid_of[int(number)]] for number in truth.split()]
   except KeyError as error:
-    raise UserError(f"the devkit's class {error} is not in {TRAIN_TAR}, which holds {len(wnids)} classes") from error
+    raise UserError(
+      f"the devkit's class {error} is not in {TRAIN_TAR}, which holds {len(wnids)} classes"
+    ) from error

@@ -12,13 +12,13 @@ needs TensorFlow (pip install 'folk_jax[prepare]').
 A run that was stopped goes on where it was when the same command is given again: finished shards are kept.
 """
 
-from collections.abc import Sequence
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
 import tqdm
+from absl import flags
 
 from folk_jax import cli
 from folk_jax.data import records
@@ -26,15 +26,10 @@ from folk_jax.data.decode import BadImage, decode
 from folk_jax.data.plans import Plan, Shard, plan_folder, plan_imagenet_tars
 from folk_jax.errors import UserError
 
-_FROM = flags.DEFINE_enum('from', None, ['folder', 'imagenet_tars', 'tfds'], 'What to read.', required=True)
-_SOURCE = flags.DEFINE_string('source', '', 'The folder of images, or of the ImageNet tars.')
-_OUT = flags.DEFINE_string('out', '', 'The folder to write to; for tfds its data_dir.')
-_NAME = flags.DEFINE_string('name', '', 'The TFDS data set, with --from=tfds.')
-_SHARD_SAMPLES = flags.DEFINE_integer('shard_samples', 8192, 'Images in a shard, about.', lower_bound=1)
-_CHECK = flags.DEFINE_bool('check', False, 'Decode every image, and leave out those that do not decode.')
 
-
-def write_plans(plans: Sequence[Plan], out: str, check: bool = False, quiet: bool = False) -> list[str]:
+def write_plans(
+  plans: Sequence[Plan], out: str, check: bool = False, quiet: bool = False
+) -> list[str]:
   """Writes every split of a data set, keeping the shards that are already there.
 
   Args:
@@ -56,7 +51,9 @@ def write_plans(plans: Sequence[Plan], out: str, check: bool = False, quiet: boo
     if split['complete']:
       continue
     total = sum(shard.weight for shard in plan.shards)
-    with tqdm.tqdm(total=total, desc=plan.split, unit=plan.unit, unit_scale=True, disable=quiet) as bar:
+    with tqdm.tqdm(
+      total=total, desc=plan.split, unit=plan.unit, unit_scale=True, disable=quiet
+    ) as bar:
       for number, shard in enumerate(plan.shards):
         file = f'{plan.split}-{number:05d}-of-{len(plan.shards):05d}.array_record'
         path = os.path.join(out, file)
@@ -74,19 +71,32 @@ def write_plans(plans: Sequence[Plan], out: str, check: bool = False, quiet: boo
 def _start_index(plans: Sequence[Plan], out: str) -> dict[str, Any]:
   """Makes or checks the index, so that a resumed run cannot mix two data sets."""
   class_names = list(plans[0].class_names)
-  index = {'format': records.FORMAT, 'version': records.VERSION, 'class_names': class_names, 'splits': {}}
+  index = {
+    'format': records.FORMAT,
+    'version': records.VERSION,
+    'class_names': class_names,
+    'splits': {},
+  }
   try:
     os.makedirs(out, exist_ok=True)
     if os.path.isfile(os.path.join(out, records.INDEX)):
       index = records.load_index(out)
     elif os.listdir(out):
-      raise UserError(f"--out '{out}' is not empty and holds no {records.INDEX} of ours; give an empty or new folder")
+      raise UserError(
+        f"--out '{out}' is not empty and holds no {records.INDEX} of ours; give an empty or new folder"
+      )
     for plan in plans:
       old = index['splits'].get(plan.split)
       if index['class_names'] != class_names or (old and old['fingerprint'] != plan.fingerprint):
-        raise UserError(f"--out '{out}' holds another data set (or the source or --shard_samples changed); give a new folder")
+        raise UserError(
+          f"--out '{out}' holds another data set (or the source or --shard_samples changed); give a new folder"
+        )
       if not old or not old['complete']:
-        index['splits'][plan.split] = {'complete': False, 'fingerprint': plan.fingerprint, 'shards': []}
+        index['splits'][plan.split] = {
+          'complete': False,
+          'fingerprint': plan.fingerprint,
+          'shards': [],
+        }
     _write_index(index, out)
   except OSError as error:
     raise UserError(f"--out '{out}' cannot be written: {error}") from error
@@ -120,25 +130,41 @@ def _write_shard(path: str, shard: Shard, check: bool, bar: tqdm.tqdm) -> list[s
   return bad
 
 
+def _define_flags() -> None:
+  """Defines the command's flags; not at import, where names so common would meet other commands' own."""
+  kinds = ['folder', 'imagenet_tars', 'tfds']
+  flags.DEFINE_enum('from', None, kinds, 'What to read.', required=True)
+  flags.DEFINE_string('source', '', 'The folder of images, or of the ImageNet tars.')
+  flags.DEFINE_string('out', '', 'The folder to write to; for tfds its data_dir.')
+  flags.DEFINE_string('name', '', 'The TFDS data set, with --from=tfds.')
+  flags.DEFINE_integer('shard_samples', 8192, 'Images in a shard, about.', lower_bound=1)
+  flags.DEFINE_bool('check', False, 'Decode every image, and leave out those that do not decode.')
+
+
 def main(argv: Sequence[str]) -> None:
   """Runs the command that the flags describe."""
   del argv
-  if _FROM.value == 'tfds':
+  values = flags.FLAGS
+  kind = values['from'].value
+  if kind == 'tfds':
     from folk_jax.data.tfds_source import prepared_builder
 
-    builder = prepared_builder(_NAME.value, _OUT.value)
+    builder = prepared_builder(values.name, values.out)
     print(f'{builder.info.full_name} is ready: :data=tfds,name={builder.info.full_name}')
     return
-  if not _SOURCE.value or not _OUT.value:
-    raise UserError(f'--from={_FROM.value} needs --source=DIR and --out=DIR')
-  make = {'folder': plan_folder, 'imagenet_tars': plan_imagenet_tars}[_FROM.value]
-  bad = write_plans(make(_SOURCE.value, _SHARD_SAMPLES.value), _OUT.value, _CHECK.value)
+  if not values.source or not values.out:
+    raise UserError(f'--from={kind} needs --source=DIR and --out=DIR')
+  make = {'folder': plan_folder, 'imagenet_tars': plan_imagenet_tars}[kind]
+  bad = write_plans(make(values.source, values.shard_samples), values.out, values.check)
   for name in bad:
     print(f'left out: {name}')
-  index = records.load_index(_OUT.value)
-  counts = ', '.join(f'{split["samples"]} {name}' for name, split in sorted(index['splits'].items()))
-  print(f"{_OUT.value} is ready: {counts} images, {len(index['class_names'])} classes, {len(bad)} left out")
+  index = records.load_index(values.out)
+  counts = ', '.join(
+    f'{split["samples"]} {name}' for name, split in sorted(index['splits'].items())
+  )
+  print(f'{values.out} is ready: {counts} images, {len(index["class_names"])} classes')
 
 
 if __name__ == '__main__':
+  _define_flags()
   cli.run(main)

@@ -47,7 +47,9 @@ def load_index(path: str) -> dict[str, Any]:
     UserError: no path, no index, or not one of ours.
   """
   if not path:
-    raise UserError("data.path is empty; source 'array_record' needs the folder that launch/prepare_data.sh wrote")
+    raise UserError(
+      "data.path is empty; source 'array_record' needs the folder that launch/prepare_data.sh wrote"
+    )
   file = os.path.join(path, INDEX)
   if not os.path.isfile(file):
     raise UserError(
@@ -57,10 +59,14 @@ def load_index(path: str) -> dict[str, Any]:
     try:
       index = json.load(opened)
     except ValueError as error:
-      raise UserError(f"'{file}' is not JSON ({error}); prepare the data set again into an empty folder") from error
+      raise UserError(
+        f"'{file}' is not JSON ({error}); prepare the data set again into an empty folder"
+      ) from error
   found = (index.get('format'), index.get('version')) if isinstance(index, dict) else None
   if found != (FORMAT, VERSION):
-    raise UserError(f"'{file}' is of {found}, not of {(FORMAT, VERSION)}; prepare the data set again")
+    raise UserError(
+      f"'{file}' is of {found}, not of {(FORMAT, VERSION)}; prepare the data set again"
+    )
   return index
 
 
@@ -80,13 +86,17 @@ class ArrayRecordSource(Source):
         f'set data.{split}_split or prepare that split'
       )
     if not splits[name]['complete']:
-      raise UserError(f"split '{name}' of '{settings.path}' is not finished; run the same prepare command again")
+      raise UserError(
+        f"split '{name}' of '{settings.path}' is not finished; run the same prepare command again"
+      )
     self.class_names = tuple(index['class_names'])
     self._files = [shard['file'] for shard in splits[name]['shards']]
     self._ends = np.cumsum([shard['samples'] for shard in splits[name]['shards']], dtype=np.int64)
     for file in self._files:
       if not os.path.isfile(os.path.join(self._root, file)):
-        raise UserError(f"shard '{file}' of '{self._root}' is missing; copy it there or prepare the data set again")
+        raise UserError(
+          f"shard '{file}' of '{self._root}' is missing; copy it there or prepare the data set again"
+        )
     self._open()
 
   def _open(self) -> None:
@@ -126,4 +136,6 @@ def open_reader(path: str) -> Any:
   """Opens a shard for random access; its reader is safe to share between threads."""
   from array_record.python import array_record_module
 
-  return array_record_module.ArrayRecordReader(path, options=_READER_OPTIONS, file_reader_buffer_size=1 << 15)
+  return array_record_module.ArrayRecordReader(
+    path, options=_READER_OPTIONS, file_reader_buffer_size=1 << 15
+  )

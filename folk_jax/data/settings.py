@@ -45,7 +45,9 @@ class DataSettings:
   def __post_init__(self):
     object.__setattr__(self, 'views', tuple(self.views))
     if self.image_size < 1:
-      raise UserError(f'image_size is {self.image_size}; give the side of a view in pixels, 1 or more')
+      raise UserError(
+        f'image_size is {self.image_size}; give the side of a view in pixels, 1 or more'
+      )
     if not self.views:
       raise UserError('data.views is empty; give at least one view')
     if self.interpolation not in INTERPOLATIONS:

@@ -4,9 +4,9 @@ A source is a numbered list of encoded images. It opens its files only when they
 pickled to worker processes, and each source's own libraries are imported only when that source is used.
 """
 
-from collections.abc import Callable
 import difflib
 import importlib
+from collections.abc import Callable
 
 import numpy as np
 

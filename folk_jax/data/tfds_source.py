@@ -43,12 +43,16 @@ class TfdsSource(Source):
         if self._opened is None:
           tfds = _import_tfds()
           wanted = {key: True for key in (self._image_key, self._label_key) if key}
-          decoders = tfds.decode.PartialDecoding(wanted, decoders={self._image_key: tfds.decode.SkipDecoding()})
+          decoders = tfds.decode.PartialDecoding(
+            wanted, decoders={self._image_key: tfds.decode.SkipDecoding()}
+          )
           builder = tfds.builder_from_directory(self._directory)
           try:
             self._opened = builder.as_data_source(split=self._split, decoders=decoders)
           except ValueError as error:
-            raise UserError(f"split '{self._split}' of '{self._directory}': {error}".splitlines()[0]) from error
+            raise UserError(
+              f"split '{self._split}' of '{self._directory}': {error}".splitlines()[0]
+            ) from error
     return self._opened
 
   def __len__(self) -> int:
@@ -88,7 +92,9 @@ def prepared_builder(name: str, path: str, prepare: bool = True) -> Any:
     builder = _named_builder(tfds, name, path)
   if not builder.is_prepared():
     if not prepare:
-      raise UserError(f"TFDS set '{name}' is not prepared under '{builder.data_dir}'; {_how_to_prepare(name, path)}")
+      raise UserError(
+        f"TFDS set '{name}' is not prepared under '{builder.data_dir}'; {_how_to_prepare(name, path)}"
+      )
     _prepare(tfds, builder, name, path)
   found = builder.info.file_format
   if found is None or found.value != 'array_record':
@@ -104,7 +110,9 @@ def _import_tfds() -> Any:
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
-    raise UserError(f"data.source 'tfds' needs tensorflow-datasets ({error}); run: pip install tensorflow-datasets") from error
+    raise UserError(
+      f"data.source 'tfds' needs tensorflow-datasets ({error}); run: pip install tensorflow-datasets"
+    ) from error
   return tfds
 
 
@@ -121,7 +129,9 @@ def _named_builder(tfds: Any, name: str, path: str) -> Any:
     near = difflib.get_close_matches(base, known, n=3)
     hint = f'did you mean {" or ".join(near)}?' if near else 'see tensorflow.org/datasets/catalog'
     where = f" and there is no '{base}' under '{path}'" if path else ''
-    raise UserError(f"unknown TFDS set '{name}': it is none of the {len(known)} that TFDS knows{where}; {hint}")
+    raise UserError(
+      f"unknown TFDS set '{name}': it is none of the {len(known)} that TFDS knows{where}; {hint}"
+    )
   try:
     return tfds.builder(name, data_dir=path or None)
   except (ValueError, AssertionError, tfds.core.DatasetNotFoundError) as error:
@@ -142,7 +152,9 @@ def _prepare(tfds: Any, builder: Any, name: str, path: str) -> None:
   except AssertionError as error:  # TFDS's way to ask for files that must be fetched by hand
     raise UserError(f'{missing}: {error}'.replace('\n', ' ')) from error
   except OSError as error:
-    raise UserError(f'{missing}, and the download failed ({error}); {_how_to_prepare(name, path)}') from error
+    raise UserError(
+      f'{missing}, and the download failed ({error}); {_how_to_prepare(name, path)}'
+    ) from error
 
 
 def _choose_split(builder: Any, settings: DataSettings, split: str) -> str:
@@ -165,7 +177,9 @@ def _choose_features(builder: Any) -> tuple[str, str]:
   images = [key for key in features if isinstance(features[key], tfds.features.Image)]
   labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
   if not images:
-    raise UserError(f"TFDS set '{builder.info.full_name}' has no image feature; it has {', '.join(features)}")
+    raise UserError(
+      f"TFDS set '{builder.info.full_name}' has no image feature; it has {', '.join(features)}"
+    )
   image = 'image' if 'image' in images else images[0]
   label = 'label' if 'label' in labels else (labels[0] if labels else '')
   return image, label

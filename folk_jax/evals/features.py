@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 from jax.experimental import multihost_utils
-import numpy as np
 
 from folk_jax.errors import UserError
 from folk_jax.models import BackboneOutput

@@ -7,16 +7,17 @@ mapped.
 Protocol (DINO, https://arxiv.org/abs/2104.14294, section 4.1 and appendix; from Wu et al.,
 https://arxiv.org/abs/1805.01978): cosine similarity s to the bank, the k nearest images vote for
 their class with weight exp(s / temperature). The order is total, so that the answer does not depend
-on blocks or devices: equal similarities rank by position in the bank, equal votes by class number.
+on blocks or devices (similarities apart that differ by rounding alone): equal similarities rank by
+position in the bank, equal votes by class number.
 """
 
-from collections.abc import Sequence
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
-from jax import numpy as jnp
 import numpy as np
+from jax import numpy as jnp
 
 from folk_jax.errors import UserError
 from folk_jax.signal.shard import over_batch

@@ -135,6 +135,7 @@ class Folk:
     drop_keys_N = _fold(keys_BV.reshape(-1), _DROP_PATH)
     student = self._backbone(params, filtered_NHWC, drop_keys_N)
     total, metrics, extra = jnp.zeros(()), {}, dict(extra)
+    judged = student
 
     # 3. It rebuilds the removed frequencies of its own view.
     if self.reconstruction_weight:
@@ -145,7 +146,7 @@ class Folk:
 
     # 4. It predicts what the teacher says of the other view, unfiltered (DINO, arXiv 2104.14294, eq. 3).
     if self._distils:
-      seen = self._backbone(teacher, clean_NHWC, None)
+      judged = seen = self._backbone(teacher, clean_NHWC, None)
       temperatures = self.student_temperature, self._teacher_temperature(step)
       if self.distillation_weight:
         student_BVK = self._logits(params, student.pooled).reshape(batch_size, views, -1)
@@ -167,7 +168,8 @@ class Folk:
         total += self.patch_weight * metrics['loss_patch']
         extra['patch_centre'] = losses.updated_centre(extra['patch_centre'], teacher_BVTK, self.centre_momentum)
 
-    metrics |= statistics.feature_statistics(student.pooled)
+    # Of the teacher where there is one: the student's features differ by the filter before they differ by the image.
+    metrics |= statistics.feature_statistics(judged.pooled)
     return LossOutput(loss=total, metrics=metrics | {'loss': total}, extra=extra)
 
   def evaluate(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:

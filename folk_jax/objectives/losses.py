@@ -14,8 +14,8 @@ MFM, https://arxiv.org/abs/2206.07706; FOLK, https://arxiv.org/abs/2409.10362.
 
 import chex
 import jax
-from jax import numpy as jnp
 import numpy as np
+from jax import numpy as jnp
 
 from folk_jax.errors import UserError
 
@@ -207,7 +207,11 @@ def distillation_statistics(
   student_probability_BVK = jax.nn.softmax(student_BVK / student_temperature, axis=-1)
   teacher_BQK = teacher_probabilities(teacher_BVK, centre_K, teacher_temperature)
 
-  same_BVQ = student_BVK.argmax(axis=-1)[:, :, None] == teacher_BQK.argmax(axis=-1)[:, None, :]
+  student_best_BV, teacher_best_BQ = (
+    jnp.argmax(student_BVK, axis=-1),
+    jnp.argmax(teacher_BQK, axis=-1),
+  )
+  same_BVQ = student_best_BV[:, :, None] == teacher_best_BQ[:, None, :]
   return {
     'teacher_entropy': _entropy_share(teacher_BQK).mean(),
     'teacher_entropy_of_mean': _entropy_share(teacher_BQK.mean(axis=(0, 1))),

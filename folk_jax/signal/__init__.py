@@ -1,2 +1,1 @@
-"""Pure maths on images: spectra, filters and augmentation. Arrays in, arrays out; no Flax, no
-config, no state."""
+"""Pure maths on images: spectra, filters, augmentation. No Flax, no config, no state."""

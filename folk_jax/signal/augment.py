@@ -321,4 +321,4 @@ def _uniform(keys_B: jax.Array, draw: _Draw, low: float, high: float) -> jax.Arr
 
 
 def _happens(keys_B: jax.Array, draw: _Draw, probability: float) -> jax.Array:
-  return _each(keys_B, draw, lambda key: jax.random.bernoulli(key, probability))
+  return _each(keys_B, draw, lambda key: jax.random.bernoulli(key, float(probability)))

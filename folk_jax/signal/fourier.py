@@ -16,16 +16,16 @@ whether they mean 0..1 or 0..255.
 Shapes: B images, H rows, W columns, F = W // 2 + 1 columns of the half-spectrum, C channels.
 """
 
-from decimal import Decimal
 import functools
 import math
+from decimal import Decimal
 from typing import Literal, NamedTuple
 
 import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from folk_jax.errors import UserError
 
@@ -225,7 +225,7 @@ def draw_filters(
   def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     portion_key, kind_key = jax.random.split(key)
     k = jnp.asarray(counts_P)[jax.random.randint(portion_key, (), 0, len(portions))]
-    return k, jax.random.bernoulli(kind_key, com_probability)
+    return k, jax.random.bernoulli(kind_key, float(com_probability))
 
   return jax.vmap(draw)(keys_B)
 

@@ -69,16 +69,15 @@ class MetricWriter:
         ) from error
     if not primary:
       return
-    path = epath.Path(workdir)
+    path = epath.Path(workdir).expanduser()
     try:
       path.mkdir(parents=True, exist_ok=True)
       self._lines = _Lines(path / 'metrics.jsonl', start_step)
       if tensorboard:
         self._events = event_file_writer.EventFileWriter(str(path / 'tensorboard'))
-        if start_step:
-          # TensorBoard's convention for a restarted job: it drops older points from here on.
-          start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-          self._add_event(start_step + 1, session_log=start)
+        # At every such mark but the first, TensorBoard drops the older points from that step on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add_event(start_step + 1, session_log=start)
     except (OSError, ImportError) as error:
       raise UserError(
         f'cannot write metrics to {workdir}: {error}; give a --workdir that can be written'
@@ -86,7 +85,7 @@ class MetricWriter:
     if wandb:
       self._wandb = wandb_module.init(
         config=dict(config or {}),
-        dir=str(path) if '://' not in str(workdir) else None,
+        dir=None if _is_remote(path) else str(path),
         id=_run_id(path),
         resume='allow',
       )
@@ -127,7 +126,7 @@ class MetricWriter:
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
   """Reads `metrics.jsonl` back: a dict a line, 'nan' and 'inf' as floats, no line cut short."""
-  path = epath.Path(workdir) / 'metrics.jsonl'
+  path = epath.Path(workdir).expanduser() / 'metrics.jsonl'
   if not path.exists():
     return []
   lines = []
@@ -146,13 +145,12 @@ class _Lines:
 
   def __init__(self, path: epath.Path, start_step: int):
     self._path = path
-    self._remote = '://' in str(path)
     text = path.read_text() if path.exists() else ''
     kept = ''.join(f'{line}\n' for line in text.splitlines() if _belongs(line, start_step))
     if kept != text:
       _replace(path, kept)
     self._text, self._written_at = kept, time.monotonic()
-    self._file = None if self._remote else open(path, 'a', encoding='utf-8')
+    self._file = None if _is_remote(path) else open(path, 'a', encoding='utf-8')
 
   def add(self, step: int, values: Mapping[str, float]) -> None:
     record = {'step': int(step)} | {
@@ -176,6 +174,10 @@ class _Lines:
       self._file.close()
     else:
       self._rewrite()
+
+
+def _is_remote(path: epath.Path) -> bool:
+  return '://' in str(path)
 
 
 def _belongs(line: str, start_step: int) -> bool:
@@ -238,9 +240,9 @@ class StepTimer:
     self._steps += 1
 
   def scalars(self) -> dict[str, float]:
-    """Ends the window: `train/images_per_second`, `train/step_seconds`, `train/data_wait` in [0, 1].
+    """Ends the window, and says what it held; empty where no step was counted.
 
-    Empty where no step was counted.
+    `train/images_per_second`, `train/step_seconds`, and `train/data_wait` in [0, 1].
     """
     elapsed = max(time.perf_counter() - self._began, 1e-9)
     steps, images, waited = self._steps, self._images, self._waited
