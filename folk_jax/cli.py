@@ -6,6 +6,7 @@ is a defect: traceback and status 1. No jax is imported here: a mistyped flag is
 """
 
 import difflib
+import logging
 import pathlib
 import re
 import sys
@@ -34,6 +35,8 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     SystemExit: 0 done or help printed, 2 a mistake of the user's, 130 interrupted. Every other
       exception passes through, so that Python prints its traceback and exits with 1.
   """
+  # jax says at INFO that a machine without a TPU has none.
+  logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
   try:
     app.run(main, flags_parser=_parse_flags)
   except UserError as error:

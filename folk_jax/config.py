@@ -34,6 +34,18 @@ FREE_TO_CHANGE = (
   'data.path',
 )
 
+_AT_LEAST_ONE = (
+  'batch_size',
+  'accumulate',
+  'image_size',
+  'log_every',
+  'model.width',
+  'model.depth',
+  'model.heads',
+  'model.patch',
+  'evaluation.batch_size',
+)
+
 
 def unknown(what: str, found: str, known: Iterable[str]) -> UserError:
   """The error for a name that isn't in a table: suggests the nearest name and lists the known ones."""
@@ -118,12 +130,15 @@ def sibling(recipe_file: str, name: str, arg: str | None) -> ml_collections.Conf
 
 def validate(config: ml_collections.ConfigDict) -> None:
   """Checks what can be checked without devices or data. Raises `UserError` with the first mistake."""
-  for key in ('batch_size', 'accumulate', 'image_size', 'log_every'):
-    if config[key] < 1:
-      raise UserError(f'config.{key} is {config[key]}; it must be at least 1.')
+  flat = flatten(config)
+  for key in _AT_LEAST_ONE:
+    if flat[key] < 1:
+      raise UserError(f'config.{key} is {flat[key]}; it must be at least 1.')
   for key in ('epochs', 'total_steps', 'eval_every'):
-    if config[key] < 0:
-      raise UserError(f'config.{key} is {config[key]}; it must not be negative (0 means unset).')
+    if flat[key] < 0:
+      raise UserError(f'config.{key} is {flat[key]}; it must not be negative (0 means unset).')
+  if config.evaluation.which not in ('teacher', 'student'):
+    raise unknown('config.evaluation.which', config.evaluation.which, ('teacher', 'student'))
   if not config.epochs and not config.total_steps:
     raise UserError('config.epochs and config.total_steps are both 0: set one of them.')
   patch, size = config.model.patch, config.image_size

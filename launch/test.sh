@@ -8,7 +8,7 @@ usage() {
 Usage: launch/test.sh [--parity] [pytest arguments]
 
 Makes or reuses .venv with the tested versions (constraints.txt), checks the code with ruff, and runs
-the tests on the CPU.
+the tests on the CPU: all of them in two processes, or, in one, those that pytest arguments choose.
 
   --parity   also install PyTorch, torchvision and timm, and run the tests that compare with them
   --help     print this
@@ -40,7 +40,10 @@ else
   echo 'Tests that compare with PyTorch and timm are left out; launch/test.sh --parity runs them.'
 fi
 
+# A file stays in one process, so that what its tests share is made once.
+((${#arguments[@]})) || arguments=(-n 2 --dist loadfile)
+
 cd "$ROOT"
 "$VENV/bin/ruff" check --quiet .
 "$VENV/bin/ruff" format --check --quiet . || fail 'unformatted files: .venv/bin/ruff format . cures it'
-exec "$VENV/bin/python" -m pytest ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}
+exec "$VENV/bin/python" -m pytest ${select[@]+"${select[@]}"} "${arguments[@]}"

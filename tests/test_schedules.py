@@ -54,7 +54,9 @@ def test_timm_convention_matches_the_official_numbers(golden):
 def test_teacher_temperature_passes_through_dinos_epochs():
   # DINO: linspace(0.04, 0.07, 3 epochs), then 0.07; dino_ibot_loss.npz holds 0.04 and 0.055.
   schedule = schedules.linear_then_constant(0.04, 0.07, 2)
-  np.testing.assert_allclose([schedule(step) for step in range(4)], [0.04, 0.055, 0.07, 0.07], RELATIVE)
+  np.testing.assert_allclose(
+    [schedule(step) for step in range(4)], [0.04, 0.055, 0.07, 0.07], RELATIVE
+  )
 
 
 def test_cosine_by_hand():
@@ -69,7 +71,9 @@ def test_the_two_conventions_differ_at_the_peak():
   timm = values(schedules.warmup_cosine(1.0, 0.0, 4, 12, convention='timm'), range(12))
   np.testing.assert_allclose(dino[:4], [0, 1 / 3, 2 / 3, 1], RELATIVE)
   assert dino[4] == 1.0  # The peak is used twice.
-  np.testing.assert_allclose(timm[:5], [0, 0.25, 0.5, 0.75, 0.75], RELATIVE)  # The drop: cos(60 degrees).
+  np.testing.assert_allclose(
+    timm[:5], [0, 0.25, 0.5, 0.75, 0.75], RELATIVE
+  )  # The drop: cos(60 degrees).
   assert (dino[5:] > timm[5:]).all() and timm[-1] > 0
 
 
@@ -96,7 +100,9 @@ def test_the_final_value_is_exact_and_kept(schedule, final):
 def test_equal_ends_give_a_constant_without_rounding(value):
   steps = np.arange(101)
   assert (values(schedules.cosine(value, value, 100), steps) == np.float32(value)).all()
-  assert (values(schedules.linear_then_constant(value, value, 50), steps) == np.float32(value)).all()
+  assert (
+    values(schedules.linear_then_constant(value, value, 50), steps) == np.float32(value)
+  ).all()
 
 
 @pytest.mark.parametrize('total', [1_000_000, 40_000_000])
@@ -105,7 +111,9 @@ def test_long_runs_keep_their_digits(total):
   # and, past 2^24 steps, neighbouring steps are one float32.
   warmup = total // 40
   steps = np.unique(
-    np.r_[0, 1, warmup - 1, warmup, np.geomspace(1, total - 1, 50), total - np.geomspace(1, total, 50)]
+    np.r_[
+      0, 1, warmup - 1, warmup, np.geomspace(1, total - 1, 50), total - np.geomspace(1, total, 50)
+    ]
   ).astype(np.int64)
   share = np.clip((steps - warmup) / (total - warmup), 0, None)
   after = 1e-9 + (1.0 - 1e-9) * np.sin(np.pi / 2 * (1 - share)) ** 2

@@ -1,11 +1,12 @@
 """Turns the bytes of an image file into RGB pixels, whatever the file holds, or says why it cannot.
 
-JPEG takes a fast path through simplejpeg (libjpeg-turbo; the same pixels as Pillow, in two thirds of the time);
-everything else, and every JPEG that the fast path refuses, goes through Pillow.
+JPEG takes a fast path through simplejpeg (libjpeg-turbo; the same pixels as Pillow, in two thirds
+of the time); everything else, and every JPEG that the fast path refuses, goes through Pillow.
 
-What "sane RGB" means here: orientation from EXIF is applied; grey is repeated over the channels; 16-bit values are
-scaled to 8 bits, not clipped; transparent pixels are laid on white, since their own colour is arbitrary; CMYK and
-palettes are converted by Pillow; of an animation the first frame counts.
+What "sane RGB" means here: orientation from EXIF is applied; grey is repeated over the channels;
+16-bit values are scaled to 8 bits, not clipped; transparent pixels are laid on white, since their
+own colour is arbitrary; CMYK and palettes are converted by Pillow; of an animation the first frame
+counts.
 """
 
 import io
@@ -99,7 +100,9 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _to_8_bits(values_HW: np.ndarray) -> np.ndarray:
-  """Scales wide integers or floats to uint8 by the smallest usual range that holds them, else by their own."""
+  """Scales wide integers or floats to uint8 by the smallest usual range that holds them, else by
+  their own.
+  """
   values_HW = np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
   low, high = values_HW.min(), values_HW.max()
   wide = high > 255

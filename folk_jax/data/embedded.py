@@ -1,8 +1,10 @@
-"""Labelled crops of ten photographs that ship inside scikit-image and scikit-learn: real pixels, no download.
+"""Labelled crops of ten photographs that ship inside scikit-image and scikit-learn: real pixels, no
+download.
 
-The class of a crop is the photograph it was cut from. The right-hand quarter of every photograph is the test region
-and the rest the training region; a crop lies in one of them entirely, so that no pixel is in both sets. Crops form a
-fixed grid at three sizes, the same number from every photograph and size, and keep the photograph's own pixels.
+The class of a crop is the photograph it was cut from. The right-hand quarter of every photograph is
+the test region and the rest the training region; a crop lies in one of them entirely, so that no
+pixel is in both sets. Crops form a fixed grid at three sizes, the same number from every photograph
+and size, and keep the photograph's own pixels.
 """
 
 import functools
@@ -16,7 +18,8 @@ from folk_jax.data.settings import DataSettings
 from folk_jax.data.sources import Source
 from folk_jax.errors import UserError
 
-# (class, package, file in the package). All in the wheels: scikit-image's other pictures need a download.
+# (class, package, file in the package). All in the wheels: scikit-image's other pictures need a
+# download.
 PHOTOGRAPHS = (
   ('astronaut', 'skimage', 'data/astronaut.png'),
   ('cat', 'skimage', 'data/chelsea.png'),
@@ -31,8 +34,8 @@ PHOTOGRAPHS = (
 )
 _INSTALLED_AS = {'skimage': 'scikit-image', 'sklearn': 'scikit-learn'}
 
-# Every photograph is brought to this short side, so that crops show the same share of each; sides of 40 to 80 pixels
-# surround the 48 that 32-pixel training views are best cut from.
+# Every photograph is brought to this short side, so that crops show the same share of each; sides
+# of 40 to 80 pixels surround the 48 that 32-pixel training views are best cut from.
 _SHORT_SIDE = 320
 _CROP_SIDES = (40, 56, 80)
 _TEST_SHARE = 0.25
@@ -54,7 +57,9 @@ def _find(package: str, file: str) -> str:
 
 @functools.cache
 def _photograph(number: int) -> np.ndarray:
-  """Returns photograph `number`, uint8 [H, W, 3] with a short side of `_SHORT_SIDE`; read once a process."""
+  """Returns photograph `number`, uint8 [H, W, 3] with a short side of `_SHORT_SIDE`; read once a
+  process.
+  """
   _, package, file = PHOTOGRAPHS[number]
   with Image.open(_find(package, file)) as image:
     scale = _SHORT_SIDE / min(image.size)
@@ -63,14 +68,18 @@ def _photograph(number: int) -> np.ndarray:
 
 
 def region(number: int, split: str) -> tuple[int, int]:
-  """Returns the first and one past the last column of a split's region in photograph `number`, in pixels."""
+  """Returns the first and one past the last column of a split's region in photograph `number`, in
+  pixels.
+  """
   width = _photograph(number).shape[1]
   border = round(width * (1 - _TEST_SHARE))
   return (0, border) if split == 'train' else (border, width)
 
 
 class EmbeddedSource(Source):
-  """The crops of one split: 5,760 for training, 720 for testing, interleaved over the photographs."""
+  """The crops of one split: 5,760 for training, 720 for testing, interleaved over the
+  photographs.
+  """
 
   class_names = tuple(name for name, _, _ in PHOTOGRAPHS)
 
@@ -85,7 +94,9 @@ class EmbeddedSource(Source):
     return len(PHOTOGRAPHS) * len(_CROP_SIDES) * rows * columns
 
   def box(self, index: int) -> tuple[int, int, int, int]:
-    """Returns crop `index` as (photograph, top, left, side), in pixels of the resized photograph."""
+    """Returns crop `index` as (photograph, top, left, side), in pixels of the resized
+    photograph.
+    """
     rows, columns = _GRID[self._split]
     cell, number = divmod(index, len(PHOTOGRAPHS))
     cell, size = divmod(cell, len(_CROP_SIDES))

@@ -1,4 +1,6 @@
-"""Images in folders: class folders, or one folder of unlabelled images; any format that Pillow reads."""
+"""Images in folders: class folders, or one folder of unlabelled images; any format that Pillow
+reads.
+"""
 
 import os
 from collections.abc import Iterator
@@ -61,10 +63,12 @@ def split_folder(settings: DataSettings, split: str) -> str:
 class FolderSource(Source):
   """Every image file under a folder, in sorted order.
 
-  Class folders (`path/train/<class>/...`, or `path/<class>/...`) give the labels, numbered in sorted order; a folder
-  without class folders gives unlabelled images. The evaluation split numbers its classes as the training split does.
+  Class folders (`path/train/<class>/...`, or `path/<class>/...`) give the labels, numbered in
+  sorted order; a folder without class folders gives unlabelled images. The evaluation split numbers
+  its classes as the training split does.
 
-  The paths are kept as one block of bytes with offsets: a million Python strings would cost each worker 130 MB.
+  The paths are kept as one block of bytes with offsets: a million Python strings would cost each
+  worker 130 MB.
   """
 
   def __init__(self, settings: DataSettings, split: str):
@@ -73,7 +77,7 @@ class FolderSource(Source):
     listed = list(list_images(self._root, self.class_names))
     if split == 'test':
       self.class_names = self._training_classes(settings)
-      listed = [(path, self._number(path)) for path, _ in listed]
+      listed = self._renumber(listed)
     if not listed:
       raise UserError(
         f"no images under '{self._root}'; expected files that Pillow reads (.jpg, .png, ...)"
@@ -91,15 +95,19 @@ class FolderSource(Source):
     except UserError:  # no training split: the evaluation split numbers its own
       return self.class_names
 
-  def _number(self, path: str) -> int:
-    name = path.split(os.sep, 1)[0]
-    if os.sep not in path:
-      return -1
-    if name not in self.class_names:
-      raise UserError(
-        f"class folder '{name}' of '{self._root}' is not among the training split's classes"
-      )
-    return self.class_names.index(name)
+  def _renumber(self, listed: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Numbers the classes as training does; their numbers there need not be the same here."""
+    number = {name: label for label, name in enumerate(self.class_names)}
+    renumbered = []
+    for path, label in listed:
+      name = path.split(os.sep, 1)[0]
+      if label >= 0 and name not in number:
+        raise UserError(
+          f"class folder '{name}' of '{self._root}' is not among the training split's classes; "
+          'remove it or add the class to the training split'
+        )
+      renumbered.append((path, number[name] if label >= 0 else -1))
+    return renumbered
 
   def __len__(self) -> int:
     return len(self._labels)
@@ -130,8 +138,9 @@ def list_images(root: str, class_names: tuple[str, ...]) -> Iterator[tuple[str, 
     class_names: its class folders in the order of their labels.
 
   Yields:
-    (path relative to `root`, label) in sorted order: class by class, or unlabelled where the class folders hold no
-    image. Files beside class folders that hold images have no class and are left out.
+    (path relative to `root`, label) in sorted order: class by class, or unlabelled where the class
+    folders hold no image. Files beside class folders that hold images have no class and are left
+    out.
   """
   suffixes = image_suffixes()
   found = False
@@ -151,7 +160,9 @@ def _is_image(name: str, suffixes: frozenset[str]) -> bool:
 
 
 def _walk(root: str, under: str, suffixes: frozenset[str], above: frozenset) -> Iterator[str]:
-  """Yields the image files under root/under, sorted; a link back to a folder above is not followed."""
+  """Yields the image files under root/under, sorted; a link back to a folder above is not
+  followed.
+  """
   folder = os.path.join(root, under)
   status = os.stat(folder)
   if (status.st_dev, status.st_ino) in above:

@@ -1,13 +1,16 @@
 """From a source to batches: the one place that knows Grain.
 
-The stream is a pure function of (seed, step). Samples are shuffled anew each epoch, cut with draws keyed on their
-place in the stream, then sliced by process, batched, and sliced at the step; Grain's iterator state is never used.
-So 0, 2 or 4 workers give the same batches, P processes give the rows of the one-process batch between them, and a
-run that resumes at step n gets what the uninterrupted run got.
+The stream is a pure function of (seed, step). Samples are shuffled anew each epoch, cut with draws
+keyed on their place in the stream, then sliced by process, batched, and sliced at the step; Grain's
+iterator state is never used. So 0, 2 or 4 workers give the same batches, P processes give the rows
+of the one-process batch between them, and a run that resumes at step n gets what the uninterrupted
+run got.
 
-Grain is imported where it is used: it imports jax wherever jax is installed, and this room must load without.
+Grain is imported where it is used: it imports jax wherever jax is installed, and this room must
+load without.
 """
 
+import gc
 import math
 import os
 import pickle
@@ -25,8 +28,8 @@ from folk_jax.data.sources import Source
 from folk_jax.data.views import centre_view, random_view
 from folk_jax.errors import UserError
 
-# A sample that does not decode is replaced by the next that does, at most so far away: a data set with a longer bad
-# stretch is broken, and a worker must not search it for ever.
+# A sample that does not decode is replaced by the next that does, at most so far away: a data set
+# with a longer bad stretch is broken, and a worker must not search it for ever.
 MAX_SKIPS = 64
 # Smaller arrays travel faster through the pipe than through a shared-memory file of their own.
 _MIN_SHARED_BYTES = 1 << 16
@@ -53,7 +56,8 @@ class _Task:
     try:
       return make(*args)
     except Exception as error:
-      # A worker's error that cannot be pickled never arrives, and the main process would wait for ever.
+      # A worker's error that cannot be pickled never arrives, and the main process would wait for
+      # ever.
       try:
         pickle.loads(pickle.dumps(error))
       except Exception:
@@ -105,7 +109,9 @@ class _TrainTask(_Task):
 
 
 class _EvalTask(_Task):
-  """Index -> the centre view of that sample; an invalid row past the end and for a sample that does not decode."""
+  """Index -> the centre view of that sample; an invalid row past the end and for a sample that does
+  not decode.
+  """
 
   views_per_row = 1
 
@@ -129,8 +135,8 @@ class _EvalTask(_Task):
 class Batches(Iterator[dict[str, np.ndarray]]):
   """An iterator of batches that watches for bad files; close it, or use it in a `with` statement.
 
-  A batch holds `views` uint8 [B, V, S, S, 3], `label` int32 [B] (-1 unknown), `index` int64 [B] (the sample's number
-  in the source, -1 on padding) and `valid` bool [B].
+  A batch holds `views` uint8 [B, V, S, S, 3], `label` int32 [B] (-1 unknown), `index` int64 [B]
+  (the sample's number in the source, -1 on padding) and `valid` bool [B].
 
   Attributes:
     bad_names: the samples met so far that do not decode, by name, in the order met.
@@ -147,6 +153,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     self._source = source
     self._settings = settings
     self._training = training
+    self._closed = False
     self._bad: set[int] = set()
     self.bad_names: list[str] = []
 
@@ -156,6 +163,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     return len(self._bad)
 
   def __next__(self) -> dict[str, np.ndarray]:
+    if self._closed:
+      raise ValueError('these batches are closed')
     batch = dict(next(self._rows))
     skipped_B = batch.pop(_SKIPPED)
     for row in np.flatnonzero(skipped_B):
@@ -163,7 +172,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     return batch
 
   def _report(self, index: int, skipped: int) -> None:
-    """Notes the samples passed over to reach `index` (in evaluation: `index` itself); raises past the share."""
+    """Notes the samples passed over to reach `index` (in evaluation: `index` itself); raises past
+    the share.
+    """
     size = len(self._source)
     first = index - skipped if self._training else index
     for bad in ((first + i) % size for i in range(skipped)):
@@ -178,19 +189,29 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     if len(self._bad) > share * size:
       self.close()
       raise UserError(
-        f'{len(self._bad)} of {size} samples do not decode, more than data.max_bad_share={share:g} allows; '
+        f'{len(self._bad)} of {size} samples do not decode, more than '
+        f'data.max_bad_share={share:g} allows; '
         f'the first: {self.bad_names[0]} ({_reason(self._source, min(self._bad))}); '
         'mend or remove them, or raise data.max_bad_share'
       )
     if self._training and skipped >= min(size, MAX_SKIPS):
       self.close()
       raise UserError(
-        f'{skipped} samples in a row do not decode, from {self._source.name(first % size)} on; mend them'
+        f'{skipped} samples in a row do not decode, from {self._source.name(first % size)} on; '
+        'mend them'
       )
 
   def close(self) -> None:
-    """Stops the workers; no batch can be asked for afterwards."""
+    """Stops the workers; asking for another batch raises ValueError."""
+    if self._closed:
+      return
+    self._closed = True
     self._rows.close()
+    if self._settings.workers:
+      # Grain's iterator and the last batches hold each other; what is not freed before Python exits
+      # stays in shared memory until the resource tracker finds it, with a warning.
+      self._rows = iter(())
+      gc.collect()
 
   def __enter__(self) -> 'Batches':
     return self
@@ -210,7 +231,8 @@ def _reason(source: Source, index: int) -> str:
 def _rows_per_process(batch_size: int, process_count: int) -> int:
   if batch_size < 1 or batch_size % process_count:
     raise UserError(
-      f'batch_size {batch_size} is not a multiple of the {process_count} processes; give one that is'
+      f'batch_size {batch_size} is not a multiple of the {process_count} processes; give one '
+      'that is'
     )
   return batch_size // process_count
 
@@ -221,7 +243,8 @@ def _iterate(
   """Reads a Grain MapDataset of batches in threads, of this process or of workers."""
   import grain
 
-  # A worker needs its threads only to wait for storage: the cores are filled by the number of workers.
+  # A worker needs its threads only to wait for storage: the cores are filled by the number of
+  # workers.
   reading = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=settings.prefetch)
   batches = dataset.to_iter_dataset(reading)
   if settings.workers:
@@ -234,8 +257,8 @@ def _iterate(
     if _free_shared_memory() < in_flight:
       least = 1 << 62
       warnings.warn(
-        f'/dev/shm has less than the {in_flight >> 20} MiB free that {settings.workers} workers need; batches go '
-        'through pipes, which is slower (in Docker: --shm-size=8g)',
+        f'/dev/shm has less free than the {in_flight >> 20} MiB that {settings.workers} workers '
+        'need; batches go through pipes, which is slower (in Docker: --shm-size=8g)',
         stacklevel=3,
       )
     batches = grain.experimental.WithOptionsIterDataset(
@@ -248,7 +271,9 @@ def _iterate(
 
 
 def _free_shared_memory() -> int:
-  """Free bytes where POSIX shared memory lives; a page too many there kills the writer without a word."""
+  """Free bytes where POSIX shared memory lives; a page too many there kills the writer without a
+  word.
+  """
   return shutil.disk_usage('/dev/shm').free if os.path.isdir('/dev/shm') else 1 << 62
 
 
@@ -278,8 +303,9 @@ def train_batches(
     process_count: number of processes that share a global batch.
 
   Returns:
-    An iterator of this process's `batch_size / process_count` rows of every global batch, V views each. Every epoch
-    visits each sample once, in a new order; an epoch that does not end with a batch runs on into the next.
+    An iterator of this process's `batch_size / process_count` rows of every global batch, V views
+    each. Every epoch visits each sample once, in a new order; an epoch that does not end with a
+    batch runs on into the next.
 
   Raises:
     UserError: a batch that the processes do not divide; while iterating, too many bad files.
@@ -321,8 +347,9 @@ def eval_batches(
     process_count: number of processes that share a global batch.
 
   Returns:
-    An iterator of this process's rows, views uint8 [B, 1, S, S, 3]; `valid` is False on the padding that fills the
-    last batch and on samples that do not decode. Every process gets the same number of batches.
+    An iterator of this process's rows, views uint8 [B, 1, S, S, 3]; `valid` is False on the padding
+    that fills the last batch and on samples that do not decode. Every process gets the same number
+    of batches.
 
   Raises:
     UserError: a batch that the processes do not divide; while iterating, too many bad files.

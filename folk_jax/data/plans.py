@@ -1,4 +1,6 @@
-"""What `folk_jax.data.prepare` is to write: the splits, shards and samples of a folder or of the ImageNet tars."""
+"""What `folk_jax.data.prepare` is to write: the splits, shards and samples of a folder or of the
+ImageNet tars.
+"""
 
 import dataclasses
 import functools
@@ -24,7 +26,9 @@ _IMAGES_PER_CLASS = 1300
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One image file: its bytes, its label (-1 unknown), what messages call it, and its share of the progress bar."""
+  """One image file: its bytes, its label (-1 unknown), what messages call it, and its share of the
+  progress bar.
+  """
 
   data: bytes
   label: int
@@ -34,7 +38,9 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """Samples that one file will hold, read when `samples` is called; `weight` is their part of the progress bar."""
+  """Samples that one file will hold, read when `samples` is called; `weight` is their part of the
+  progress bar.
+  """
 
   samples: Callable[[], Iterator[Sample]]
   weight: int
@@ -42,7 +48,9 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One split of a data set. Equal fingerprints mean equal shards, so that a resumed run may keep them."""
+  """One split of a data set. Equal fingerprints mean equal shards, so that a resumed run may keep
+  them.
+  """
 
   split: str
   class_names: tuple[str, ...]
@@ -97,11 +105,13 @@ def plan_imagenet_tars(root: str, shard_samples: int) -> list[Plan]:
   """Plans ImageNet-1K from its original tars, without unpacking them.
 
   Args:
-    root: the folder of ILSVRC2012_img_train.tar and, for 'validation', ILSVRC2012_img_val.tar and the devkit tar.
+    root: the folder of ILSVRC2012_img_train.tar and, for 'validation', ILSVRC2012_img_val.tar and
+      the devkit tar.
     shard_samples: images in a shard, about: a training shard holds whole classes.
 
   Returns:
-    A plan for 'train' and, where the tar is there, for 'validation'. Classes are the WordNet ids, sorted.
+    A plan for 'train' and, where the tar is there, for 'validation'. Classes are the WordNet ids,
+    sorted.
 
   Raises:
     UserError: no training tar, a validation tar without the devkit, a tar that cannot be read.
@@ -124,7 +134,8 @@ def plan_imagenet_tars(root: str, shard_samples: int) -> list[Plan]:
     members = sorted(_members(val_tar), key=lambda member: member.name)
     if len(members) != len(labels):
       raise UserError(
-        f"'{val_tar}' holds {len(members)} images, the devkit {len(labels)} labels; download both again"
+        f"'{val_tar}' holds {len(members)} images, the devkit {len(labels)} labels; download "
+        'both again'
       )
     chunks = [
       slice(start, start + shard_samples) for start in range(0, len(members), shard_samples)

@@ -1,15 +1,18 @@
-"""Writes a data set as ArrayRecord shards that `data.source=array_record` reads; needs no TensorFlow.
+"""Writes a data set as ArrayRecord shards that `data.source=array_record` reads; needs no
+TensorFlow.
 
   python -m folk_jax.data.prepare --from=folder --source=/photos --out=/data/photos
   python -m folk_jax.data.prepare --from=imagenet_tars --source=/downloads --out=/data/imagenet
   python -m folk_jax.data.prepare --from=tfds --name=cifar10 [--out=DATA_DIR]
 
-`folder` takes what data.source=folder takes: DIR/train/<class>/* with DIR/val or DIR/test, DIR/<class>/*, or a flat
-folder. `imagenet_tars` takes the folder that holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and (for the
-labels of the latter) ILSVRC2012_devkit_t12.tar.gz. `tfds` prepares a TFDS data set as ArrayRecord, which for most sets
+`folder` takes what data.source=folder takes: DIR/train/<class>/* with DIR/val or DIR/test,
+DIR/<class>/*, or a flat folder. `imagenet_tars` takes the folder that holds
+ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and (for the labels of the latter)
+ILSVRC2012_devkit_t12.tar.gz. `tfds` prepares a TFDS data set as ArrayRecord, which for most sets
 needs TensorFlow (pip install 'folk_jax[prepare]').
 
-A run that was stopped goes on where it was when the same command is given again: finished shards are kept.
+A run that was stopped goes on where it was when the same command is given again: finished shards
+are kept.
 """
 
 import json
@@ -83,13 +86,15 @@ def _start_index(plans: Sequence[Plan], out: str) -> dict[str, Any]:
       index = records.load_index(out)
     elif os.listdir(out):
       raise UserError(
-        f"--out '{out}' is not empty and holds no {records.INDEX} of ours; give an empty or new folder"
+        f"--out '{out}' is not empty and holds no {records.INDEX} of ours; give an empty or new "
+        'folder'
       )
     for plan in plans:
       old = index['splits'].get(plan.split)
       if index['class_names'] != class_names or (old and old['fingerprint'] != plan.fingerprint):
         raise UserError(
-          f"--out '{out}' holds another data set (or the source or --shard_samples changed); give a new folder"
+          f"--out '{out}' holds another data set (or the source or --shard_samples changed); "
+          'give a new folder'
         )
       if not old or not old['complete']:
         index['splits'][plan.split] = {
@@ -111,7 +116,9 @@ def _write_index(index: dict[str, Any], out: str) -> None:
 
 
 def _write_shard(path: str, shard: Shard, check: bool, bar: tqdm.tqdm) -> list[str]:
-  """Writes one shard under another name and renames it when it is whole; returns the names left out."""
+  """Writes one shard under another name and renames it when it is whole; returns the names left
+  out.
+  """
   from array_record.python import array_record_module
 
   bad = []
@@ -131,7 +138,9 @@ def _write_shard(path: str, shard: Shard, check: bool, bar: tqdm.tqdm) -> list[s
 
 
 def _define_flags() -> None:
-  """Defines the command's flags; not at import, where names so common would meet other commands' own."""
+  """Defines the command's flags; not at import, where names so common would meet other commands'
+  own.
+  """
   kinds = ['folder', 'imagenet_tars', 'tfds']
   flags.DEFINE_enum('from', None, kinds, 'What to read.', required=True)
   flags.DEFINE_string('source', '', 'The folder of images, or of the ImageNet tars.')

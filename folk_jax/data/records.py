@@ -1,9 +1,11 @@
-"""Our own ArrayRecord data sets: the record's layout, the index beside the shards, the source that reads them.
+"""Our own ArrayRecord data sets: the record's layout, the index beside the shards, the source that
+reads them.
 
-A data set is a folder of ArrayRecord files (one image a group, uncompressed: images already are) and `index.json`:
-`{"format": "folk_jax", "version": 1, "class_names": [...], "splits": {"train": {"complete": true, "fingerprint": ...,
-"samples": N, "shards": [{"file": ..., "samples": n}, ...]}}}`. `folk_jax.data.prepare` writes it. A record is the label
-(int32) and the name's length (uint16), little-endian, then the name in UTF-8, then the image file's bytes.
+A data set is a folder of ArrayRecord files (one image a group, uncompressed: images already are)
+and `index.json`: `{"format": "folk_jax", "version": 1, "class_names": [...], "splits": {"train":
+{"complete": true, "fingerprint": ..., "samples": N, "shards": [{"file": ..., "samples": n},
+...]}}}`. `folk_jax.data.prepare` writes it. A record is the label (int32) and the name's length
+(uint16), little-endian, then the name in UTF-8, then the image file's bytes.
 """
 
 import json
@@ -28,7 +30,9 @@ _HEADER = struct.Struct('<iH')
 
 
 def pack(label: int, name: str, data: bytes) -> bytes:
-  """Returns one record: label (-1 unknown), name (shortened to 65,535 bytes), the image file's bytes."""
+  """Returns one record: label (-1 unknown), name (shortened to 65,535 bytes), the image file's
+  bytes.
+  """
   encoded = name.encode('utf-8', 'replace')[:0xFFFF]
   return _HEADER.pack(label, len(encoded)) + encoded + data
 
@@ -53,7 +57,8 @@ def load_index(path: str) -> dict[str, Any]:
   file = os.path.join(path, INDEX)
   if not os.path.isfile(file):
     raise UserError(
-      f"no {INDEX} in '{path}'; write the data set first: launch/prepare_data.sh --from=folder --source=DIR --out={path}"
+      f"no {INDEX} in '{path}'; write the data set first: launch/prepare_data.sh --from=folder "
+      f'--source=DIR --out={path}'
     )
   with open(file, encoding='utf-8') as opened:
     try:
@@ -95,7 +100,8 @@ class ArrayRecordSource(Source):
     for file in self._files:
       if not os.path.isfile(os.path.join(self._root, file)):
         raise UserError(
-          f"shard '{file}' of '{self._root}' is missing; copy it there or prepare the data set again"
+          f"shard '{file}' of '{self._root}' is missing; copy it there or prepare the data set "
+          'again'
         )
     self._open()
 

@@ -14,10 +14,13 @@ class DataSettings:
     source: 'embedded', 'folder', 'tfds', 'array_record' or 'synthetic'.
     image_size: side of every view in pixels.
     views: how each random view is cut, one entry a view.
-    name: the TFDS data set, perhaps with config and version ('imagenet2012', 'oxford_iiit_pet:4.*.*').
-    path: the folder of images, of array records, or TFDS's data_dir (or one prepared set's own folder).
+    name: the TFDS data set, perhaps with config and version ('imagenet2012',
+      'oxford_iiit_pet:4.*.*').
+    path: the folder of images, of array records, or TFDS's data_dir (or one prepared set's own
+      folder).
     train_split: name of the training split; for TFDS also a sub-split such as 'train[:90%]'.
-    test_split: name of the evaluation split; '' takes the first there is of 'validation', 'val' and 'test'.
+    test_split: name of the evaluation split; '' takes the first there is of 'validation', 'val' and
+      'test'.
     interpolation: 'bicubic' or 'bilinear'.
     test_resize: short side in pixels before the centre crop; 0 means image_size * 256 / 224.
     workers: decoding processes; 0 decodes in threads of this process.
@@ -55,7 +58,8 @@ class DataSettings:
       raise UserError(f"data.interpolation is '{self.interpolation}'; known: {known}")
     if self.test_resize and self.test_resize < self.image_size:
       raise UserError(
-        f'data.test_resize is {self.test_resize}, smaller than image_size {self.image_size}; give at least that, or 0'
+        f'data.test_resize is {self.test_resize}, smaller than image_size {self.image_size}; '
+        'give at least that, or 0'
       )
     for field, least in (('workers', 0), ('threads', 1), ('prefetch', 1), ('limit', 0)):
       value = getattr(self, field)

@@ -1,7 +1,8 @@
 """Sources of labelled images: what every source offers, and the table that finds one by name.
 
-A source is a numbered list of encoded images. It opens its files only when they are asked for, so that it can be
-pickled to worker processes, and each source's own libraries are imported only when that source is used.
+A source is a numbered list of encoded images. It opens its files only when they are asked for, so
+that it can be pickled to worker processes, and each source's own libraries are imported only when
+that source is used.
 """
 
 import difflib
@@ -14,12 +15,15 @@ from folk_jax.data.settings import DataSettings
 from folk_jax.errors import UserError
 
 SPLITS = ('train', 'test')
-# The order in which an evaluation split is looked for: ImageNet's 'test' has no labels, its 'validation' has.
+# The order in which an evaluation split is looked for: ImageNet's 'test' has no labels, its
+# 'validation' has.
 TEST_SPLITS = ('validation', 'val', 'test')
 
 
 class Source:
-  """A numbered list of images; subclasses give `__len__`, `read` and `name`, and may give `class_names`."""
+  """A numbered list of images; subclasses give `__len__`, `read` and `name`, and may give
+  `class_names`.
+  """
 
   class_names: tuple[str, ...] = ()
 
@@ -27,11 +31,15 @@ class Source:
     raise NotImplementedError
 
   def read(self, index: int) -> tuple[bytes | np.ndarray, int]:
-    """Returns sample `index`, 0 <= index < len: the file's bytes (or uint8 [H, W, 3] pixels), and its label or -1."""
+    """Returns sample `index`, 0 <= index < len: the file's bytes (or uint8 [H, W, 3] pixels), and
+    its label or -1.
+    """
     raise NotImplementedError
 
   def name(self, index: int) -> str:
-    """Returns what a message calls sample `index`: a path, or the data set's name and the number."""
+    """Returns what a message calls sample `index`: a path, or the data set's name and the
+    number.
+    """
     raise NotImplementedError
 
   def fetch(self, index: int) -> bytes | np.ndarray:
@@ -44,7 +52,9 @@ class Source:
 
 
 class LimitedSource(Source):
-  """The first `limit` samples of a source, evenly spread over it, so that a sorted source keeps all its classes."""
+  """The first `limit` samples of a source, evenly spread over it, so that a sorted source keeps all
+  its classes.
+  """
 
   def __init__(self, source: Source, limit: int):
     self._source = source
@@ -88,7 +98,8 @@ def make_source(settings: DataSettings, split: str) -> Source:
     A source with at least one sample.
 
   Raises:
-    UserError: an unknown source or split, a missing or empty folder, a data set that is not prepared.
+    UserError: an unknown source or split, a missing or empty folder, a data set that is not
+      prepared.
   """
   if split not in SPLITS:
     raise UserError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")

@@ -1,4 +1,6 @@
-"""Random images with the 1/f spectrum of photographs, for benchmarks: no files, no decoding, hardly any time."""
+"""Random images with the 1/f spectrum of photographs, for benchmarks: no files, no decoding, hardly
+any time.
+"""
 
 import functools
 
@@ -26,7 +28,9 @@ def _textures(side: int) -> np.ndarray:
 
 
 class SyntheticSource(Source):
-  """Cyclic shifts of sixteen 1/f textures; the label is the texture's number. Sample i is the same in every run."""
+  """Cyclic shifts of sixteen 1/f textures; the label is the texture's number. Sample i is the same
+  in every run.
+  """
 
   class_names = tuple(f'texture {i}' for i in range(_TEXTURES))
 

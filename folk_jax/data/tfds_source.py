@@ -1,4 +1,6 @@
-"""Any TFDS data set in ArrayRecord form, read without TensorFlow; prepared on the way where that is possible."""
+"""Any TFDS data set in ArrayRecord form, read without TensorFlow; prepared on the way where that is
+possible.
+"""
 
 import difflib
 import os
@@ -12,7 +14,9 @@ from folk_jax.errors import UserError
 
 
 class TfdsSource(Source):
-  """One split of a TFDS data set; images stay encoded until they are decoded like any other file's."""
+  """One split of a TFDS data set; images stay encoded until they are decoded like any other
+  file's.
+  """
 
   def __init__(self, settings: DataSettings, split: str):
     builder = prepared_builder(settings.name, settings.path)
@@ -66,42 +70,40 @@ class TfdsSource(Source):
     return f'{self._title}[{index}]'
 
 
-def prepared_builder(name: str, path: str, prepare: bool = True) -> Any:
-  """Finds a TFDS data set and prepares it, as ArrayRecord, where it is not there yet and can be made.
+def prepared_builder(name: str, path: str) -> Any:
+  """Finds a TFDS data set, and prepares it as ArrayRecord where it is missing and can be made.
 
   Args:
-    name: the data set, perhaps with config and version; may be empty where `path` is one prepared set's own folder.
-    path: TFDS's data_dir, or the folder of one prepared set; '' means TFDS's default (~/tensorflow_datasets).
-    prepare: whether to download and prepare a set that is missing.
+    name: the data set, perhaps with config and version; may be empty where `path` is one prepared
+      set's own folder.
+    path: TFDS's data_dir, or the folder of one prepared set; '' means TFDS's default
+      (~/tensorflow_datasets).
 
   Returns:
     The builder, prepared.
 
   Raises:
-    UserError: unknown, missing and not to be made here, or prepared in a format without random access.
+    UserError: unknown, missing and not to be made here, or prepared in a format without random
+      access.
   """
   tfds = _import_tfds()
   if path and os.path.isfile(os.path.join(path, 'dataset_info.json')):
     builder = tfds.builder_from_directory(path)
   elif not name:
     raise UserError(
-      "data.name is empty; source 'tfds' needs a data set's name (:data=tfds,name=cifar10), or as data.path the "
-      'folder that holds its dataset_info.json'
+      "data.name is empty; source 'tfds' needs a data set's name (:data=tfds,name=cifar10), or "
+      'as data.path the folder that holds its dataset_info.json'
     )
   else:
     builder = _named_builder(tfds, name, path)
   if not builder.is_prepared():
-    if not prepare:
-      raise UserError(
-        f"TFDS set '{name}' is not prepared under '{builder.data_dir}'; {_how_to_prepare(name, path)}"
-      )
-    _prepare(tfds, builder, name, path)
+    builder = _prepare(tfds, builder, name, path)
   found = builder.info.file_format
   if found is None or found.value != 'array_record':
     form = found.value if found else 'unknown'
     raise UserError(
-      f"TFDS set at '{builder.data_path}' is prepared as {form}, which has no random access without TensorFlow; prepare "
-      f'it as array_record in another data_dir: {_how_to_prepare(name or builder.name, "")}'
+      f"TFDS set at '{builder.data_path}' is prepared as {form}, which has no random access "
+      f'without TensorFlow; in another data_dir, {_how_to_prepare(name or builder.name, "DIR")}'
     )
   return builder
 
@@ -111,14 +113,21 @@ def _import_tfds() -> Any:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise UserError(
-      f"data.source 'tfds' needs tensorflow-datasets ({error}); run: pip install tensorflow-datasets"
+      f"data.source 'tfds' needs tensorflow-datasets ({error}); run: "
+      'pip install tensorflow-datasets'
     ) from error
   return tfds
 
 
 def _how_to_prepare(name: str, path: str) -> str:
   out = f' --out={path}' if path else ''
-  return f'run: launch/prepare_data.sh --from=tfds --name={name}{out}'
+  how = f'run: launch/prepare_data.sh --from=tfds --name={name}{out}'
+  if re.split('[/:]', name)[0] == 'imagenet2012':
+    how += (
+      '; or, without TensorFlow, launch/prepare_data.sh --from=imagenet_tars --source=TARS '
+      '--out=DIR and :data=array_record,path=DIR'
+    )
+  return how
 
 
 def _named_builder(tfds: Any, name: str, path: str) -> Any:
@@ -138,16 +147,17 @@ def _named_builder(tfds: Any, name: str, path: str) -> Any:
     raise UserError(f"TFDS set '{name}': {error}".splitlines()[0]) from error
 
 
-def _prepare(tfds: Any, builder: Any, name: str, path: str) -> None:
-  """Downloads and prepares a set as ArrayRecord; words what stands in the way."""
-  missing = f"TFDS set '{name}' is not prepared under '{builder.data_dir}'"
+def _prepare(tfds: Any, builder: Any, name: str, path: str) -> Any:
+  """Downloads a set and prepares it as ArrayRecord; words what stands in the way."""
+  missing = f"TFDS set '{name}' is not prepared at '{builder.data_dir}'"
   try:
     builder = tfds.builder(name, data_dir=path or None, file_format='array_record')
     builder.download_and_prepare()
+    return builder
   except ImportError as error:
     raise UserError(
-      f"{missing}, and preparing it needs TensorFlow ({error}): pip install 'folk_jax[prepare]', then "
-      f'{_how_to_prepare(name, path)}'
+      f"{missing}, and preparing it needs TensorFlow ({error}): "
+      f"pip install 'folk_jax[prepare]', then {_how_to_prepare(name, path)}"
     ) from error
   except AssertionError as error:  # TFDS's way to ask for files that must be fetched by hand
     raise UserError(f'{missing}: {error}'.replace('\n', ' ')) from error

@@ -1,12 +1,13 @@
 """Cuts an image into the views that training and evaluation use; uint8 in, uint8 out, NumPy only.
 
-Shapes: V views, H height, W width, S output size. Everything else that augments (colour, blur, solarise)
-runs on the device, in `folk_jax.signal.augment`.
+Shapes: V views, H height, W width, S output size. Everything else that augments (colour, blur,
+solarise) runs on the device, in `folk_jax.signal.augment`.
 
-Two resamplers, for two purposes. Training crops use OpenCV: `INTER_AREA` where both sides shrink, because
-OpenCV's cubic does not antialias, and `INTER_CUBIC` otherwise. It is 2 to 5 times faster than Pillow's bicubic,
-and on 300 ImageNet-like photographs it lies closer to Pillow's bicubic (46 / 44 / 40 dB PSNR at 224 / 128 / 32
-pixels) than Pillow's own bilinear does (41 / 41 / 38 dB). Evaluation uses Pillow, bit for bit as timm does.
+Two resamplers, for two purposes. Training crops use OpenCV: `INTER_AREA` where both sides shrink,
+because OpenCV's cubic does not antialias, and `INTER_CUBIC` otherwise. It is 2 to 5 times faster
+than Pillow's bicubic, and on 300 ImageNet-like photographs it lies closer to Pillow's bicubic (46 /
+44 / 40 dB PSNR at 224 / 128 / 32 pixels) than Pillow's own bilinear does (41 / 41 / 38 dB).
+Evaluation uses Pillow, bit for bit as timm does.
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ INTERPOLATIONS = {
   'bilinear': (cv2.INTER_LINEAR, Image.Resampling.BILINEAR),
 }
 
-# Grain's threads and processes are the parallelism here: OpenCV's own pool on top of them oversubscribes the cores.
+# Grain's threads and processes are the parallelism here: OpenCV's own pool on top of them
+# oversubscribes the cores.
 cv2.setNumThreads(0)
 
 
@@ -116,7 +118,8 @@ def random_view(
 
 
 def centre_view(image_HWC: np.ndarray, size: int, resize: int, interpolation: str) -> np.ndarray:
-  """Cuts the evaluation view: the short side resized to `resize`, then the centre, as timm and torchvision do.
+  """Cuts the evaluation view: the short side resized to `resize`, then the centre, as timm and
+  torchvision do.
 
   Args:
     image_HWC: uint8 [H, W, 3].

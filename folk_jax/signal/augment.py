@@ -32,8 +32,7 @@ _BLUR_REACH = 3
 
 
 class _Draw(enum.IntEnum):
-  """What a key is folded with for each draw: switching one operation off leaves the others' draws
-  alone."""
+  """What a key is folded with for each draw, so that no operation disturbs another's draws."""
 
   JITTER = 0
   ORDER = 1
@@ -90,10 +89,10 @@ class Augmentation:
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
-      if name.endswith('probability') and not 0 <= value <= 1:
+      if name.endswith(('probability', 'threshold')) and not 0 <= value <= 1:
         raise UserError(f'augmentation {name} is {value}: choose it from 0 to 1')
     for name in ('brightness', 'contrast', 'saturation'):
-      if getattr(self, name) < 0:
+      if not getattr(self, name) >= 0:
         raise UserError(f'augmentation {name} is {getattr(self, name)}: choose it 0 or above')
     if not 0 <= self.hue <= 0.5:
       raise UserError(f'augmentation hue is {self.hue}: choose it from 0 to 0.5 turns')

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 
 from absl import logging
 
+from folk_jax.errors import UserError
+
+_ACTIONS = ('stop', 'warn')
+
 
 class RunStopped(Exception):
   """A run that its guard stopped; the message says why, at which step, and what to try."""
@@ -19,7 +23,10 @@ class GuardSettings:
     on_nonfinite, on_collapse: 'stop' or 'warn'.
     collapse_entropy: teacher entropy / ln K above which the teacher is uniform.
     collapse_rank: effective rank of a batch's features below which they lie in one direction.
-    patience: log points in a row before a collapse is called one.
+    patience: log points in a row before a collapse is called one, at least 1.
+
+  Raises:
+    UserError: for an unknown action or a patience below 1.
   """
 
   on_nonfinite: str
@@ -27,6 +34,15 @@ class GuardSettings:
   collapse_entropy: float
   collapse_rank: float
   patience: int
+
+  def __post_init__(self):
+    for field in ('on_nonfinite', 'on_collapse'):
+      if getattr(self, field) not in _ACTIONS:
+        raise UserError(
+          f'unknown config.guard.{field} {getattr(self, field)!r}. Known: {", ".join(_ACTIONS)}.'
+        )
+    if self.patience < 1:
+      raise UserError(f'config.guard.patience is {self.patience}; it must be at least 1.')
 
 
 class Guard:
@@ -38,9 +54,8 @@ class Guard:
     self._warned_nonfinite = False
 
   def check(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Raises `RunStopped`, or logs a warning, where `metrics` (names without `train/`) tell of trouble."""
-    if metrics.get('nonfinite') or not math.isfinite(metrics['loss']):
-      self._nonfinite(step, metrics)
+    """Raises `RunStopped`, or logs a warning, where a log point's `metrics` (without `train/`) tell of trouble."""
+    self.check_finite(step, metrics)
     uniform = metrics.get('teacher_entropy', 0.0) > self._settings.collapse_entropy
     if self._lasts('entropy', uniform):
       self._act(
@@ -58,8 +73,10 @@ class Guard:
         'objective.centre_momentum, a lower optimizer.learning_rate or a lower optimizer.weight_decay.',
       )
 
-  def _nonfinite(self, step: int, metrics: Mapping[str, float]) -> None:
-    if self._warned_nonfinite:
+  def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
+    """The part of `check` that may also run between log points: it counts nothing."""
+    finite = not metrics.get('nonfinite') and math.isfinite(metrics['loss'])
+    if finite or self._warned_nonfinite:
       return
     self._warned_nonfinite = True
     self._act(

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,18 +21,30 @@ from folk_jax.train.run import Run, data_settings, make_run
 from folk_jax.train.state import TrainState
 
 
-def _prepare_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-  """Writes config.json, or checks it where the workdir holds a run already."""
+def _check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Refuses a workdir that holds another run; writes nothing."""
   file = workdir / 'config.json'
-  try:
+  with _using(workdir):
     if file.exists():
       config_lib.check_same_run(json.loads(file.read_text()), config, str(workdir))
-      return
+
+
+def _write_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Makes the workdir this run's. It keeps the first config.json: a resumed run differs in what is free to."""
+  file = workdir / 'config.json'
+  if jax.process_index() or file.exists():
+    return
+  with _using(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-      fresh = workdir / 'config.json.tmp'
-      fresh.write_text(config_lib.to_json(config))
-      fresh.replace(file)
+    fresh = workdir / 'config.json.tmp'
+    fresh.write_text(config_lib.to_json(config))
+    fresh.replace(file)
+
+
+@contextlib.contextmanager
+def _using(workdir: epath.Path) -> Iterator[None]:
+  try:
+    yield
   except (OSError, json.JSONDecodeError) as error:
     raise UserError(
       f'cannot use workdir {workdir}: {error}. Give a --workdir that can be written.'
@@ -85,10 +97,10 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
   """
   config_lib.check_layout(config.batch_size, config.accumulate, jax.device_count(), config.mesh.fsdp)
   _set_compilation_cache(config.compilation_cache)
+  _check_workdir(config, epath.Path(workdir).expanduser())
   settings = data_settings(config)
   source = data.make_source(settings, 'train')
   run = make_run(config, len(source))
-  _prepare_workdir(config, epath.Path(workdir).expanduser())
   mesh = sharding.make_mesh(config.mesh.fsdp)
   checkpoints = checkpoint.Checkpoints(
     str(epath.Path(workdir).expanduser() / 'checkpoints'),
@@ -115,9 +127,16 @@ def _train(
   """Steps from `state` to the end: data, step, metrics a step late, guard, evaluations, checkpoints."""
   start, total = int(state.step), run.total_steps
   primary = jax.process_index() == 0
+  if start == total:
+    if primary:
+      print(f'the run in {workdir} is complete: nothing is left to train')
+      print(_summary(workdir, total))
+    return
   train_step = compile_step(run, state, mesh)
   evaluation = Evaluation(config, run, settings, mesh)
   guard = Guard(GuardSettings(**config.guard))
+  # From here on the workdir is this run's: no mistake of the user's is left that another config would mend.
+  _write_config(config, epath.Path(workdir).expanduser())
   timer, late = metrics.StepTimer(), metrics.Late()
   writer = metrics.MetricWriter(
     workdir,
@@ -172,7 +191,7 @@ def _train(
         late.push(step, values)
       if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
         report(late.flush())
-        guard.check(step, {name: float(value) for name, value in values.items()})
+        guard.check_finite(step, {name: float(value) for name, value in values.items()})
         with timer.paused():
           checkpoints.save(
             step, state, {'step': step, 'config': json.loads(config_lib.to_json(config))}, force=last

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,7 +26,8 @@ def golden():
 def twin(train, train_labels, test, test_labels, ks, temperature):
   """One image at a time, in float64, with dictionaries for the votes."""
   train, test = (
-    x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (np.float64(train), np.float64(test))
+    x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    for x in (np.float64(train), np.float64(test))
   )
   hits = {k: [0, 0] for k in ks}
   for query, label in zip(test, test_labels, strict=True):
@@ -41,22 +43,29 @@ def twin(train, train_labels, test, test_labels, ks, temperature):
   return {k: (one / len(test), five / len(test)) for k, (one, five) in hits.items()}
 
 
-def sample(seed, bank, images, width, classes, integer=False):
+def sample(seed, bank, images, width, classes):
   """Features with a class-dependent mean, so that the accuracy is neither 0 nor 1."""
   rng = np.random.default_rng(seed)
   centres = rng.normal(size=(classes, width))
   labels = rng.integers(0, classes, bank + images)
   features = centres[labels] + 1.5 * rng.normal(size=(bank + images, width))
-  if integer:
-    features = rng.integers(-1, 2, features.shape) + 0.0
   features = features.astype(np.float32)
   return features[:bank], labels[:bank], features[bank:], labels[bank:]
 
 
 def test_official_accuracies(golden):
   classes, temperature = int(golden['cfg'][0]), float(golden['cfg'][1])
-  arrays = [golden[f'{split}_{what}'] for split in ('train', 'test') for what in ('features', 'labels')]
-  result = knn(*arrays, ks=(1, 10, 20), temperature=temperature, classes=classes, bank_block=128, query_block=32)
+  arrays = [
+    golden[f'{split}_{what}'] for split in ('train', 'test') for what in ('features', 'labels')
+  ]
+  result = knn(
+    *arrays,
+    ks=(1, 10, 20),
+    temperature=temperature,
+    classes=classes,
+    bank_block=128,
+    query_block=32,
+  )
   for k, (top1, top5) in result.items():
     assert 100 * top1 == pytest.approx(golden[f'k{k}.top1'], rel=1e-9)
     assert 100 * top5 == pytest.approx(golden[f'k{k}.top5_voted'], rel=1e-9)
@@ -65,43 +74,44 @@ def test_official_accuracies(golden):
 def test_official_votes(golden):
   similarity = golden['test_features'] @ golden['train_features'].T
   order = np.argsort(-similarity, axis=1, kind='stable')[:, :20]
-  for row in range(0, 130, 13):
-    nearest = similarity[row, order[row]]
-    ours = votes(nearest, golden['train_labels'][order[row]].astype(np.int32), (1, 10, 20), 0.07, 12)
-    # exp(s / 0.07) multiplies the 6e-8 rounding of a similarity by 14, twice, and by a few for the sums.
-    scale = np.exp(nearest[0] / 0.07)
-    for vote, k in zip(ours, (1, 10, 20), strict=True):
-      np.testing.assert_allclose(vote * scale, golden[f'k{k}.probs'][row], rtol=1e-4, atol=1e-3)
-      assert int(vote.argmax()) == golden[f'k{k}.pred'][row]
+  nearest = np.take_along_axis(similarity, order, axis=1)
+  labels = golden['train_labels'][order].astype(np.int32)
+  ours = jax.vmap(lambda s, y: votes(s, y, (1, 10, 20), 0.07, 12))(nearest, labels)
+  # exp(s / 0.07) multiplies the 6e-8 rounding of a similarity by 14, twice; then a sum of 20 votes.
+  scale = np.exp(nearest[:, :1] / 0.07)
+  for vote, k in zip(np.moveaxis(np.asarray(ours), 1, 0), (1, 10, 20), strict=True):
+    np.testing.assert_allclose(vote * scale, golden[f'k{k}.probs'], rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(vote.argmax(axis=1), golden[f'k{k}.pred'])
 
 
-@pytest.mark.parametrize('bank, images', [(1, 1), (7, 3), (50, 33), (97, 40)])
-@pytest.mark.parametrize('bank_block, query_block', [(16, 8), (10_000, 256)])
+@pytest.mark.parametrize(
+  'bank, images, bank_block, query_block',
+  [(1, 1, 16, 8), (7, 3, 4, 2), (97, 40, 16, 8), (97, 40, 10_000, 256)],
+)
 def test_a_slow_twin_over_odd_sizes(bank, images, bank_block, query_block):
   arrays = sample(bank + images, bank, images, 8, 7)
   ks = (1, 3, 20, 60)
   expected = twin(*arrays, ks=ks, temperature=0.07)
   result = knn(*arrays, ks=ks, classes=7, bank_block=bank_block, query_block=query_block)
-  # The twin slices to at most the bank too: k above its size uses all of it. Shares are exact fractions.
-  assert result == pytest.approx(expected, abs=1e-9)
-  assert list(result) == list(ks)
+  # The twin, too, uses all of the bank where k is above its size.
+  assert result == expected and list(result) == list(ks)
 
 
 def test_ties_do_not_depend_on_blocks():
-  # Directions of {-1, 0, 1}^3 repeat often; 1/sqrt(1, 2, 3) are the only factors, so equal means equal.
-  arrays = sample(5, 90, 30, 3, 6, integer=True)
-  results = [
+  # {-1, 1}^4 has 16 directions, of length 2: unit vectors and similarities are exact, so equal is equal.
+  train, train_labels, test, test_labels = sample(5, 90, 30, 4, 6)
+  arrays = np.sign(train), train_labels, np.sign(test), test_labels
+  whole, blocks = (
     knn(*arrays, ks=(1, 5, 30), classes=6, bank_block=bank_block, query_block=query_block)
-    for bank_block, query_block in ((90, 30), (7, 4), (32, 11))
-  ]
-  assert results[0] == results[1] == results[2]
+    for bank_block, query_block in ((90, 30), (7, 4))
+  )
+  assert whole == blocks == twin(*arrays, ks=(1, 5, 30), temperature=0.07)
 
 
 def test_equal_similarities_rank_by_place_and_equal_votes_by_class():
-  bank = np.tile(np.float32([[3.0, 4.0]]), (4, 1))
-  query = np.float32([[6.0, 8.0]])
+  bank, query = np.ones((4, 4), np.float32), np.ones((1, 4), np.float32)
   labels = np.array([2, 1, 1, 2])
-  for block in (1, 2, 3, 4):
+  for block in (1, 3):
     # k = 1: the first of the bank, class 2. k = 2, 4: one vote, two votes each: the smaller class.
     result = knn(bank, labels, query, [2], ks=(1, 2, 3, 4), classes=3, bank_block=block)
     assert [top1 for top1, _ in result.values()] == [1.0, 0.0, 0.0, 0.0]
@@ -113,7 +123,7 @@ def test_padding_never_votes():
   # Every real similarity is -1; a row of padding would offer 0 and class 0.
   bank, query = np.ones((5, 4), np.float32), -np.ones((3, 4), np.float32)
   result = knn(bank, [3] * 5, query, [3] * 3, ks=(1, 5, 8), classes=4, bank_block=4, query_block=2)
-  assert result == {k: (1.0, 1.0) for k in (1, 5, 8)}
+  assert result == dict.fromkeys((1, 5, 8), (1.0, 1.0))
   result = knn(bank, [3] * 5, query, [0] * 3, ks=(8,), classes=4, bank_block=4, query_block=2)
   assert result == {8: (0.0, 0.0)}
 
@@ -132,7 +142,9 @@ def test_small_temperatures_neither_overflow_nor_lose_votes():
   query = np.float32([[1, 0.01]])
   # exp(1 / 0.005) is past float32; the far class still has a vote, and still loses.
   for label, expected in ((0, (1.0, 1.0)), (1, (0.0, 1.0))):
-    assert knn(bank, [0, 1, 1], query, [label], ks=(3,), temperature=0.005, classes=2) == {3: expected}
+    assert knn(bank, [0, 1, 1], query, [label], ks=(3,), temperature=0.005, classes=2) == {
+      3: expected
+    }
 
 
 def test_scale_and_order_of_the_images_do_not_matter():
@@ -166,7 +178,11 @@ def test_one_device_equals_eight():
     'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
   }
   done = subprocess.run(
-    [sys.executable, '-c', _EIGHT_DEVICES], cwd=ROOT, env=environment, capture_output=True, text=True
+    [sys.executable, '-c', _EIGHT_DEVICES],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
   )
   assert done.returncode == 0, done.stderr
   devices, equal, (top1, _) = json.loads(done.stdout)

@@ -1,8 +1,8 @@
-"""Spectra, filters and frequency distance: laws, numbers worked by hand, NumPy twins, golden files."""
+"""Spectra, filters and frequency distance: laws, hand-worked numbers, twins, golden files."""
 
-from decimal import Decimal
 import math
 import pathlib
+from decimal import Decimal
 
 import jax
 import jax.numpy as jnp
@@ -172,9 +172,7 @@ def test_com_and_rcom_split_the_image(height, width, ranking):
   assert is_conjugate_symmetric(kept)
   # Random images have no ties but conjugate pairs.
   assert set(kept.sum(axis=(1, 2)).ravel()) <= {k, k + 1}
-  again = fourier.inverse(
-    jnp.where(com.kept_BHFC, fourier.half_spectrum(com.image_BHWC), 0), width
-  )
+  again = fourier.inverse(jnp.where(com.kept_BHFC, fourier.half_spectrum(com.image_BHWC), 0), width)
   np.testing.assert_allclose(again, com.image_BHWC, atol=1e-6)
 
 
@@ -270,9 +268,7 @@ def test_filters_match_the_golden_numbers(path, portion, ranking):
 
 def golden_loss(size):
   golden = np.load(GOLDEN / 'mfm_loss.npz')
-  arrays = {
-    name.split('.', 1)[1]: golden[name] for name in golden.files if name.startswith(size)
-  }
+  arrays = {name.split('.', 1)[1]: golden[name] for name in golden.files if name.startswith(size)}
   kept_BHW = np.fft.ifftshift(arrays['mask'], axes=(1, 2))
   width = kept_BHW.shape[2]
   return arrays, kept_BHW[:, :, : width // 2 + 1, None] == 0
@@ -311,9 +307,18 @@ def naive_distance(prediction, target, masked_BHWC, gamma):
   return jnp.sum(jnp.where(masked_BHWC, power ** (gamma / 2), 0), axis=(1, 2, 3))
 
 
-@pytest.mark.parametrize('gamma', [0.5, 1, 1.7, 3])
-@pytest.mark.parametrize(('height', 'width'), [(8, 8), (7, 9), (6, 5), (1, 6), (6, 1)])
-@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize(
+  ('height', 'width', 'channels', 'gamma'),
+  [
+    (8, 8, 1, 1),
+    (8, 8, 3, 0.5),
+    (7, 9, 1, 1.7),
+    (7, 9, 3, 1),
+    (6, 5, 1, 3),
+    (1, 6, 3, 1),
+    (6, 1, 1, 1),
+  ],
+)
 def test_distance_and_gradients_equal_a_naive_twin(height, width, channels, gamma):
   prediction, target = (random_image(height, width, seed=seed) for seed in (1, 2))
   k = jnp.full(2, max(1, height * width // 4))
@@ -324,14 +329,10 @@ def test_distance_and_gradients_equal_a_naive_twin(height, width, channels, gamm
   weight_B = jnp.asarray([0.3, -2.0])
 
   def ours(prediction, target):
-    return jnp.sum(
-      weight_B * fourier.frequency_distance(prediction, target, masked, gamma)[0]
-    )
+    return jnp.sum(weight_B * fourier.frequency_distance(prediction, target, masked, gamma)[0])
 
   def naive(prediction, target):
-    return jnp.sum(
-      weight_B * naive_distance(prediction, target, full_mask(masked, width), gamma)
-    )
+    return jnp.sum(weight_B * naive_distance(prediction, target, full_mask(masked, width), gamma))
 
   value, gradients = jax.value_and_grad(ours, argnums=(0, 1))(prediction, target)
   expected, expected_gradients = jax.value_and_grad(naive, argnums=(0, 1))(prediction, target)
@@ -358,7 +359,9 @@ def test_gradient_equals_a_difference_quotient_in_float64():
     lambda x: fourier.frequency_distance(x, target.astype(np.float32), masked)[0].sum()
   )(prediction.astype(np.float32))
   direction = np.random.default_rng(3).normal(size=prediction.shape)
-  quotient = (distance(prediction + 1e-5 * direction) - distance(prediction - 1e-5 * direction)) / 2e-5
+  quotient = (
+    distance(prediction + 1e-5 * direction) - distance(prediction - 1e-5 * direction)
+  ) / 2e-5
   np.testing.assert_allclose(np.sum(gradient * direction), quotient, rtol=1e-4)
 
 

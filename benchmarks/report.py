@@ -1,0 +1,120 @@
+"""What every benchmark writes beside its numbers: machine, date, versions, commit, command."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from folk_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# glibc hands the step's temporary buffer (hundreds of MB) back to the kernel after each step, which
+# zeroes it again page by page in the next: a quarter of the quickstart's processor time. Kept, and
+# in huge pages, it costs nothing. Read when a process starts, so it is set for child processes.
+KEEP_MEMORY = ':'.join(
+  f'glibc.malloc.{setting}'
+  for setting in ('hugetlb=1', 'mmap_max=0', 'trim_threshold=4000000000', 'arena_max=1')
+)
+
+
+def context(device: str | None = None) -> dict[str, Any]:
+  """Date, machine, versions and commit; `device` is the accelerator's name where there is one."""
+  return {
+    'command': shlex.join(['python', _relative(sys.argv[0]), *sys.argv[1:]]),
+    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'commit': _commit(),
+    'machine': {
+      'device': device or 'cpu',
+      'processor': _processor(),
+      'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+      'load_average': round(os.getloadavg()[0], 2),
+    },
+    'versions': {'python': platform.python_version()} | _versions('jax', 'flax', 'numpy', 'torch'),
+  }
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  """Writes a file so that a kill leaves the old one or the new one.
+
+  Raises:
+    UserError: where it cannot be written.
+  """
+  fresh = path.with_name(f'{path.name}.tmp')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+    fresh.replace(path)
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {error}; name another file with --out') from error
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """Columns of text, the first flush left and the others flush right."""
+  cells = [
+    [f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in row] for row in rows
+  ]
+  widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+  lines = [
+    '  '.join(
+      cell.rjust(w) if i else cell.ljust(w)
+      for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+    )
+    for line in [list(header), *cells]
+  ]
+  return '\n'.join(lines)
+
+
+def main(run: Callable[[], None]) -> None:
+  """Runs a benchmark; a mistake of the user's is one line on stderr and exit status 2."""
+  try:
+    run()
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def _relative(path: str) -> str:
+  resolved = pathlib.Path(path).resolve()
+  return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else path
+
+
+def _commit() -> str | None:
+  """The commit that is checked out, with `+` where files differ from it; None outside git."""
+  try:
+    git = ['git', '-C', str(ROOT)]
+    commit = subprocess.run(
+      [*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True
+    )
+    changed = subprocess.run(
+      [*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return commit.stdout.strip() + ('+' if changed.stdout.strip() else '')
+
+
+def _processor() -> str:
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  if cpuinfo.exists():
+    for line in cpuinfo.read_text().splitlines():
+      if line.startswith('model name'):
+        return line.partition(':')[2].strip()
+  return platform.machine()
+
+
+def _versions(*packages: str) -> dict[str, str]:
+  found = {}
+  for package in packages:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found

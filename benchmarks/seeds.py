@@ -1,0 +1,231 @@
+"""Runs a recipe for several seeds in turn, and keeps what each learned: rows, spread, figure.
+
+  python benchmarks/seeds.py --config=configs/quickstart.py --seeds=0,1,2 \\
+    --out=benchmarks/results/quickstart_cpu.json --workdir=runs/seeds_quickstart
+  python benchmarks/seeds.py --config=configs/cifar10.py:path=DIR --seeds=0,1,2 \\
+    --out=benchmarks/results/cifar10_cpu.json --workdir=runs/seeds_cifar10 -- --config.log_every=10
+
+What follows `--` goes to folk_jax.main. Killed at any point and started again with the same command,
+it goes on: finished seeds stand in the JSON, an unfinished one resumes from its checkpoint. Every
+number comes from a run's metrics.jsonl; kNN is that of `evaluation.knn_headline` at the last step.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import report
+
+from folk_jax.errors import UserError
+from folk_jax.train import metrics
+
+_CURVES = ('loss', 'loss_reconstruction', 'loss_distillation', 'teacher_entropy')
+_CURVE_POINTS = 150
+
+
+def parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add('--config', required=True, help='recipe, as for folk_jax.main')
+  add('--seeds', default='0,1,2', help='separated by commas (default 0,1,2)')
+  add('--out', type=pathlib.Path, required=True, help='JSON, written anew after each seed')
+  add('--workdir', type=pathlib.Path, required=True, help='holds a workdir for each seed')
+  add('--figure', type=pathlib.Path, help='PNG (default docs/figures/<name of the JSON>.png)')
+  add(
+    '--keep-memory', action=argparse.BooleanOptionalAction, default=True, help='tune glibc malloc'
+  )
+  add('--redraw', action='store_true', help='only the figure and the table, from the JSON')
+  add('flags', nargs='*', metavar='-- FLAGS', help='further flags of folk_jax.main')
+  flags = parser.parse_args()
+  flags.figure = flags.figure or report.ROOT / 'docs' / 'figures' / f'{flags.out.stem}.png'
+  try:
+    flags.seeds = [int(seed) for seed in flags.seeds.split(',')]
+  except ValueError:
+    raise UserError(f'--seeds={flags.seeds}: give whole numbers separated by commas') from None
+  return flags
+
+
+def train(flags: argparse.Namespace, seed: int) -> dict[str, float | None]:
+  """One run, to its end; seconds and peak memory of the process where it did the whole run."""
+  workdir = flags.workdir / f'seed_{seed}'
+  resumed = (workdir / 'config.json').exists()
+  command = [sys.executable, '-m', 'folk_jax.main', f'--config={flags.config}', *flags.flags]
+  command += [f'--workdir={workdir}', f'--config.seed={seed}']
+  paths = [str(report.ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join(paths)}
+  if flags.keep_memory:
+    environment['GLIBC_TUNABLES'] = report.KEEP_MEMORY
+  began = time.perf_counter()
+  process = subprocess.Popen(command, env=environment)
+  _, status, usage = os.wait4(process.pid, 0)
+  process.returncode = os.waitstatus_to_exitcode(status)
+  if process.returncode:
+    raise UserError(
+      f'seed {seed} ended with status {process.returncode}: '
+      'start this again to go on from its checkpoint'
+    )
+  return {
+    'wall_seconds': None if resumed else round(time.perf_counter() - began, 1),
+    # Of the largest of its processes, where it decodes in several.
+    'peak_memory_gib': round(usage.ru_maxrss / 2**20, 3),
+  }
+
+
+def row(flags: argparse.Namespace, seed: int) -> dict[str, Any]:
+  """What a finished run says of itself."""
+  lines = metrics.read_metrics(str(flags.workdir / f'seed_{seed}'))
+  evaluations = [
+    {key.removeprefix('eval/'): value for key, value in line.items()}
+    for line in lines
+    if 'eval/knn_top1' in line
+  ]
+  training = [line for line in lines if 'train/loss' in line]
+  if len(evaluations) < 2 or not training:
+    raise UserError(f'seed {seed} has no kNN before and after: leave config.evaluation.at_start on')
+  for evaluation in evaluations:
+    if 'reconstruction' in evaluation:
+      of_mean = evaluation['reconstruction_of_mean']
+      evaluation['reconstruction_relative'] = evaluation['reconstruction'] / of_mean
+  steps = [line['step'] for line in training]
+  windows = [after - before for before, after in zip([0, *steps], steps, strict=False)]
+  seconds = sum(n * line['train/step_seconds'] for n, line in zip(windows, training, strict=True))
+  every = -(-len(training) // _CURVE_POINTS)
+  thinned = training[::-1][::every][::-1]
+  return {
+    'seed': seed,
+    'steps': steps[-1],
+    'knn_before': evaluations[0]['knn_top1'],
+    'knn_after': evaluations[-1]['knn_top1'],
+    'gain': evaluations[-1]['knn_top1'] - evaluations[0]['knn_top1'],
+    'reconstruction_relative': evaluations[-1].get('reconstruction_relative'),
+    # Evaluations and blocking saves left out, the first step's compilation included.
+    'train_seconds': round(seconds, 1),
+    'images_per_second': round(
+      statistics.median(x['train/images_per_second'] for x in training), 1
+    ),
+    'data_wait': round(statistics.median(line['train/data_wait'] for line in training), 4),
+    'evaluations': evaluations,
+    'curves': {'step': [line['step'] for line in thinned]}
+    | {
+      name: [line.get(f'train/{name}') for line in thinned]
+      for name in _CURVES
+      if f'train/{name}' in thinned[-1]
+    },
+  }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """Mean, least and spread (sample standard deviation) over the seeds."""
+  result: dict[str, Any] = {'seeds': len(rows)}
+  for key in ('knn_before', 'knn_after', 'gain', 'reconstruction_relative'):
+    values = [one[key] for one in rows if one[key] is not None]
+    if values:
+      spread = statistics.stdev(values) if len(values) > 1 else None
+      result[key] = {'mean': statistics.mean(values), 'least': min(values), 'spread': spread}
+  result['every_seed_above_its_start'] = all(one['gain'] > 0 for one in rows)
+  return result
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+  header = ('seed', 'kNN before', 'kNN after', 'reconstruction', 'train s', 'images/s', 'GiB')
+  cells = [
+    (
+      one['seed'],
+      f'{one["knn_before"]:.2%}',
+      f'{one["knn_after"]:.2%}',
+      '-' if one['reconstruction_relative'] is None else f'{one["reconstruction_relative"]:.1%}',
+      one['train_seconds'],
+      one['images_per_second'],
+      one['peak_memory_gib'],
+    )
+    for one in rows
+  ]
+  print(report.table(header, cells))
+  whole = summary(rows)
+  line = f'kNN {whole["knn_before"]["mean"]:.2%} -> {whole["knn_after"]["mean"]:.2%}'
+  if whole['gain']['spread'] is not None:
+    line += f', gain {whole["gain"]["mean"]:+.2%} with a spread of {whole["gain"]["spread"]:.2%}'
+  print(f'{line}; reconstruction is relative to predicting the mean')
+
+
+def draw(rows: list[dict[str, Any]], title: str, path: pathlib.Path) -> None:
+  """Three panels: kNN with each seed's random start, losses, reconstruction error."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+
+  figure, (knn, loss, rebuilt) = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+  for number, one in enumerate(rows):
+    colour = f'C{number}'
+    steps = [evaluation['step'] for evaluation in one['evaluations']]
+    top1 = [100 * evaluation['knn_top1'] for evaluation in one['evaluations']]
+    knn.plot(steps, top1, 'o-', color=colour, markersize=3, label=f'seed {one["seed"]}')
+    knn.axhline(top1[0], color=colour, linestyle=':', linewidth=1)
+    for name, style in (('loss_reconstruction', '-'), ('loss_distillation', '--')):
+      if name in one['curves']:
+        label = name.removeprefix('loss_') if not number else None
+        loss.plot(
+          one['curves']['step'], one['curves'][name], style, color=colour, linewidth=1, label=label
+        )
+    share = [100 * e.get('reconstruction_relative', float('nan')) for e in one['evaluations']]
+    rebuilt.plot(steps, share, 'o-', color=colour, markersize=3)
+  knn.set(title='kNN top-1 (dotted: random initialisation)', xlabel='step', ylabel='%')
+  loss.set(title='training losses', xlabel='step')
+  rebuilt.axhline(100, color='grey', linestyle=':', linewidth=1)
+  rebuilt.set(
+    title='held-out reconstruction error', xlabel='step', ylabel='% of predicting the mean'
+  )
+  knn.legend(fontsize='small')
+  loss.legend(fontsize='small')
+  figure.suptitle(title, fontsize='medium')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def load(flags: argparse.Namespace) -> dict[str, Any]:
+  """The JSON of an earlier start, or a fresh one; another recipe's is refused."""
+  recipe = {'config': flags.config, 'flags': flags.flags}
+  if not flags.out.exists():
+    return {'what': f'{flags.config} over seeds', 'recipe': recipe, 'rows': []}
+  result = json.loads(flags.out.read_text(encoding='utf-8'))
+  if result.get('recipe') != recipe and not flags.redraw:
+    raise UserError(
+      f'{flags.out} holds {result.get("recipe")}, not {recipe}: name another --out, or remove it'
+    )
+  return result
+
+
+def main() -> None:
+  flags = parse()
+  result = load(flags)
+  rows = {one['seed']: one for one in result['rows']}
+  for seed in [] if flags.redraw else flags.seeds:
+    if seed in rows:
+      print(f'seed {seed} stands in {flags.out}: skipped')
+      continue
+    ran = train(flags, seed)
+    rows[seed] = row(flags, seed) | ran | {'date': report.context()['date']}
+    result['rows'] = [rows[key] for key in sorted(rows)]
+    result = result | report.context() | {'summary': summary(result['rows'])}
+    report.write_json(flags.out, result)
+  if not rows:
+    raise UserError(f'{flags.out} holds no finished seed: run this without --redraw first')
+  show(result['rows'])
+  processor = result['machine']['processor']
+  title = f'{result["recipe"]["config"]}, {result["machine"]["cores"]} cores of {processor}'
+  draw(result['rows'], f'{title}, {result["date"][:10]}', flags.figure)
+  print(f'written to {flags.out} and {flags.figure}')
+
+
+if __name__ == '__main__':
+  report.main(main)
