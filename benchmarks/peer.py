@@ -11,7 +11,6 @@ pair of views.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
@@ -113,14 +112,12 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
   import jax
   import numpy as np
 
+  from folk_jax.config import load_recipe
   from folk_jax.train import loop, sharding
   from folk_jax.train.run import make_run
 
   width, depth, heads = MODELS[flags.model]
-  spec = importlib.util.spec_from_file_location('recipe', report.ROOT / 'configs' / 'vit_s.py')
-  recipe = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(recipe)
-  config = recipe.get_config('')
+  config = load_recipe(str(report.ROOT / 'configs' / 'vit_s.py'), None)
   config.batch_size, config.image_size = flags.batch, flags.image_size
   config.model.update({'width': width, 'depth': depth, 'heads': heads, 'patch': flags.patch})
   config.model.dtype = DTYPES[flags.dtype]

@@ -5,9 +5,9 @@
   python benchmarks/seeds.py --config=configs/cifar10.py:path=DIR --seeds=0,1,2 \\
     --out=benchmarks/results/cifar10_cpu.json --workdir=runs/seeds_cifar10 -- --config.log_every=10
 
-What follows `--` goes to folk_jax.main. Killed at any point and started again with the same command,
-it goes on: finished seeds stand in the JSON, an unfinished one resumes from its checkpoint. Every
-number comes from a run's metrics.jsonl; kNN is that of `evaluation.knn_headline` at the last step.
+What follows `--` goes to folk_jax.main. Killed and started again with the same command, it goes on:
+finished seeds stand in the JSON, an unfinished one resumes from its checkpoint. Every number comes
+from a run's metrics.jsonl; kNN is that of `evaluation.knn_headline` at the last step.
 """
 
 import argparse
@@ -94,24 +94,24 @@ def row(flags: argparse.Namespace, seed: int) -> dict[str, Any]:
     if 'reconstruction' in evaluation:
       of_mean = evaluation['reconstruction_of_mean']
       evaluation['reconstruction_relative'] = evaluation['reconstruction'] / of_mean
-  steps = [line['step'] for line in training]
+  # A line that was written when no step had been timed since the one before has no times.
+  timed = [line for line in training if 'train/step_seconds' in line]
+  steps = [line['step'] for line in timed]
   windows = [after - before for before, after in zip([0, *steps], steps, strict=False)]
-  seconds = sum(n * line['train/step_seconds'] for n, line in zip(windows, training, strict=True))
+  seconds = sum(n * line['train/step_seconds'] for n, line in zip(windows, timed, strict=True))
   every = -(-len(training) // _CURVE_POINTS)
   thinned = training[::-1][::every][::-1]
   return {
     'seed': seed,
-    'steps': steps[-1],
+    'steps': training[-1]['step'],
     'knn_before': evaluations[0]['knn_top1'],
     'knn_after': evaluations[-1]['knn_top1'],
     'gain': evaluations[-1]['knn_top1'] - evaluations[0]['knn_top1'],
     'reconstruction_relative': evaluations[-1].get('reconstruction_relative'),
     # Evaluations and blocking saves left out, the first step's compilation included.
     'train_seconds': round(seconds, 1),
-    'images_per_second': round(
-      statistics.median(x['train/images_per_second'] for x in training), 1
-    ),
-    'data_wait': round(statistics.median(line['train/data_wait'] for line in training), 4),
+    'images_per_second': round(statistics.median(x['train/images_per_second'] for x in timed), 1),
+    'data_wait': round(statistics.median(line['train/data_wait'] for line in timed), 4),
     'evaluations': evaluations,
     'curves': {'step': [line['step'] for line in thinned]}
     | {

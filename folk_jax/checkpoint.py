@@ -81,6 +81,9 @@ class Checkpoints:
       preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
       cleanup_tmp_directories=True,
       enable_async_checkpointing=asynchronous,
+      # Made in the background, a folder that cannot be made leaves threads that wait for it, and with
+      # them the process at its end, for twenty minutes.
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     try:
       self._manager = ocp.CheckpointManager(

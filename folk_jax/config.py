@@ -130,7 +130,7 @@ def sibling(recipe_file: str, name: str, arg: str | None) -> ml_collections.Conf
 
 def validate(config: ml_collections.ConfigDict) -> None:
   """Checks what can be checked without devices or data. Raises `UserError` with the first mistake."""
-  flat = flatten(config)
+  flat = flatten(config.to_dict())
   for key in _AT_LEAST_ONE:
     if flat[key] < 1:
       raise UserError(f'config.{key} is {flat[key]}; it must be at least 1.')

@@ -277,16 +277,11 @@ def test_another_format_is_refused(saved, tmp_path, version):
     checkpoint.read_subtree(str(tmp_path), ('params',))
 
 
-def test_failures_to_save_name_the_step(tmp_path):
-  directory = tmp_path / 'checkpoints'
-  checkpoints = checkpoint.Checkpoints(str(directory), every=1, keep=1)
-  with pytest.raises(TypeError, match='not JSON serializable'):
-    checkpoints.save(1, {'x': jnp.zeros(2)}, {'bad': object()})
-  shutil.rmtree(directory)
-  directory.write_text('a file in the way')
-  with pytest.raises(UserError, match=f'saving step 2 in {directory} failed: '):
-    checkpoints.save(2, {'x': jnp.zeros(2)}, {})
-    checkpoints.wait()
+def test_meta_that_is_no_json_is_refused_before_anything_is_written(tmp_path):
+  with checkpoint.Checkpoints(str(tmp_path), every=1, keep=1) as checkpoints:
+    with pytest.raises(TypeError, match='not JSON serializable'):
+      checkpoints.save(1, {'x': jnp.zeros(2)}, {'bad': object()})
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_settings_and_places_are_refused(tmp_path):

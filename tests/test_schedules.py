@@ -107,8 +107,8 @@ def test_equal_ends_give_a_constant_without_rounding(value):
 
 @pytest.mark.parametrize('total', [1_000_000, 40_000_000])
 def test_long_runs_keep_their_digits(total):
-  # Relative to the value, also just before the end, where (1 + cos) / 2 in float32 has no digit left
-  # and, past 2^24 steps, neighbouring steps are one float32.
+  # Relative to the value, also just before the end, where (1 + cos) / 2 in float32 has no digit
+  # left and, past 2^24 steps, neighbouring steps are one float32.
   warmup = total // 40
   steps = np.unique(
     np.r_[

@@ -34,10 +34,11 @@ PHOTOGRAPHS = (
 )
 _INSTALLED_AS = {'skimage': 'scikit-image', 'sklearn': 'scikit-learn'}
 
-# Every photograph is brought to this short side, so that crops show the same share of each; sides
-# of 40 to 80 pixels surround the 48 that 32-pixel training views are best cut from.
+# Every photograph is brought to this short side, so that crops show the same share of each. The
+# sides surround the 48 pixels that 32-pixel views are best cut from, and leave room to move in the
+# 80 columns of a square photograph's test region.
 _SHORT_SIDE = 320
-_CROP_SIDES = (40, 56, 80)
+_CROP_SIDES = (40, 52, 68)
 _TEST_SHARE = 0.25
 # Crops per photograph and size: rows x columns of the grid.
 _GRID = {'train': (16, 12), 'test': (8, 3)}

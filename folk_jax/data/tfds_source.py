@@ -46,11 +46,9 @@ class TfdsSource(Source):
       with self._lock:
         if self._opened is None:
           tfds = _import_tfds()
-          wanted = {key: True for key in (self._image_key, self._label_key) if key}
-          decoders = tfds.decode.PartialDecoding(
-            wanted, decoders={self._image_key: tfds.decode.SkipDecoding()}
-          )
           builder = tfds.builder_from_directory(self._directory)
+          # Segmentation masks and the like stay encoded too: nobody asks for them.
+          decoders = {key: tfds.decode.SkipDecoding() for key in _image_features(builder)}
           try:
             self._opened = builder.as_data_source(split=self._split, decoders=decoders)
           except ValueError as error:
@@ -180,11 +178,17 @@ def _choose_split(builder: Any, settings: DataSettings, split: str) -> str:
   return wanted
 
 
+def _image_features(builder: Any) -> list[str]:
+  tfds = _import_tfds()
+  features = builder.info.features
+  return [key for key in features if isinstance(features[key], tfds.features.Image)]
+
+
 def _choose_features(builder: Any) -> tuple[str, str]:
   """Returns the keys of the image and of the class label ('' where there is none)."""
   tfds = _import_tfds()
   features = builder.info.features
-  images = [key for key in features if isinstance(features[key], tfds.features.Image)]
+  images = _image_features(builder)
   labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
   if not images:
     raise UserError(

@@ -58,7 +58,7 @@ def extract(
   put: Callable[[np.ndarray], jax.Array] | None = None,
   progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Runs a network over batches of single views; features and labels of the valid rows, on the host.
+  """Features and labels, on the host, of the valid rows of batches of single views.
 
   One batch is always in flight: the device works on it while the host fetches the one before. On
   several hosts every process iterates over its own share, with the same number of batches, and gets

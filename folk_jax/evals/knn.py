@@ -195,7 +195,7 @@ def _score(
   classes: int,
   query_block: int,
 ) -> jax.Array:
-  """For each k, how many valid images have their class first and in the first five: int32 [k, 2]."""
+  """For each k, how many images have their class first, and in the first five: int32 [k, 2]."""
 
   def share(similarity_QK, index_QK, test_label_Q, valid_Q, train_label_N):
     def of_one(one):

@@ -1,11 +1,12 @@
 """Our ViT backbone in timm's names and torch's layouts and back, and in big_vision's layout.
 
-Both directions read one table of names and transposes. timm keeps linear weights as (out, in) and convolutions as (out, in,
-row, column), and one set of names per block; we keep (in, out), (row, column, in, out), and blocks stacked along a leading
-layer axis.
+Both directions read one table of names and transposes. timm keeps linear weights as (out, in) and
+convolutions as (out, in, row, column), and one set of names per block; we keep (in, out), (row,
+column, in, out), and blocks stacked along a leading layer axis.
 """
 
 import math
+import operator
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,13 +17,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from folk_jax import errors
-from folk_jax import models
+from folk_jax import errors, models
 
 # width, depth, heads of the sizes that timm names.
 VIT_SIZES = {'ti': (192, 12, 3), 's': (384, 12, 6), 'b': (768, 12, 12), 'l': (1024, 24, 16)}
 TIMM_SIZE_NAMES = {'ti': 'tiny', 's': 'small', 'b': 'base', 'l': 'large'}
-# The plain ViTs that timm 1.0 registers for 224 pixels; any other is built from the base model with arguments.
+# The plain ViTs that timm 1.0 registers for 224 pixels; any other is built from the base model with
+# arguments.
 TIMM_PATCHES = {'ti': (16,), 's': (8, 16, 32), 'b': (8, 16, 32), 'l': (14, 16, 32)}
 TIMM_BASE = 'vit_base_patch16_224'
 
@@ -76,6 +77,14 @@ def to_timm(backbone: Mapping[str, Any]) -> dict[str, np.ndarray]:
   return state
 
 
+def timm_shapes(backbone: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """The names and shapes that `to_timm` gives for parameters, or for their shapes alone."""
+  return {
+    name: _permuted(_at(backbone, path).shape[layer is not None :], axes)
+    for name, path, layer, axes in _entries(backbone)
+  }
+
+
 def from_timm(
   state: Mapping[str, np.ndarray],
   template: Mapping[str, Any],
@@ -85,14 +94,16 @@ def from_timm(
 ) -> dict[str, Any]:
   """Builds our ViT's parameters from timm's state dict: the inverse of `to_timm`.
 
-  The position embedding is resampled (bicubic, antialiased, as timm does) where the number of patches differs. Entries of a
-  classifier (`head.*`) are ignored; `ignored_names` lists them.
+  The position embedding is resampled (bicubic, antialiased, as timm does) where the number of
+  patches differs. Entries of a classifier (`head.*`) are ignored; `ignored_names` lists them.
 
   Args:
     state: timm name -> array.
-    template: our backbone's parameters or their shapes (`jax.eval_shape` of its init): what the result must look like.
+    template: our backbone's parameters or their shapes (`jax.eval_shape` of its init): what the
+      result must look like.
     grid: patches (down, across) of the model to be filled, `ViT.grid`.
-    state_grid: the same of the model that was saved; by default `grid` where the count agrees, else a square.
+    state_grid: the same of the model that was saved; by default `grid` where the count agrees, else
+      a square.
 
   Returns:
     The tree of float32 numpy arrays.
@@ -100,19 +111,18 @@ def from_timm(
   Raises:
     UserError: with every missing, unexpected and misshapen name.
   """
-  entries = list(_entries(template))
-  wanted = {
-    name: _permuted(_at(template, path).shape[layer is not None :], axes) for name, path, layer, axes in entries
-  }
+  wanted = timm_shapes(template)
   state = {
-    name: np.asarray(value, np.float32) for name, value in state.items() if not name.startswith(_IGNORED)
+    name: np.asarray(value, np.float32)
+    for name, value in state.items()
+    if not name.startswith(_IGNORED)
   }
   if 'pos_embed' in state:
     state['pos_embed'] = _resampled(state['pos_embed'], grid, state_grid)
   _check_fit(state, wanted)
 
   leaves: dict[tuple[str, ...], Any] = {}
-  for name, path, layer, axes in entries:
+  for name, path, layer, axes in _entries(template):
     leaf = _transposed(state[name], None if axes is None else np.argsort(axes))
     if layer is None:
       leaves[path] = leaf
@@ -156,11 +166,13 @@ def load_timm_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def to_big_vision(backbone: Mapping[str, Any], *, heads: int) -> dict[str, np.ndarray]:
-  """Renames our ViT's parameters to the `.npz` layout of big_vision's `models/vit.py` with pool_type='tok'.
+  """Renames our ViT's parameters to the `.npz` layout of big_vision's `models/vit.py` with
+  pool_type='tok'.
 
-  big_vision adds positions before it prepends the class token, so the class token's position is folded into `cls`. Its GELU
-  is the tanh approximation and ours is exact, so features differ by about 1e-3 there; timm reads the same file into a model
-  with `no_embed_class=True`, with equal features.
+  big_vision adds positions before it prepends the class token, so the class token's position is
+  folded into `cls`. Its GELU is the tanh approximation and ours is exact, so features differ by
+  about 1e-3 there; timm reads the same file into a model with `no_embed_class=True`, with equal
+  features.
 
   Args:
     backbone: the tree `params['backbone']` of a `models.ViT` without LayerScale.
@@ -186,12 +198,13 @@ def to_big_vision(backbone: Mapping[str, Any], *, heads: int) -> dict[str, np.nd
     'Transformer': {'encoder_norm': backbone['norm']},
   }
   for layer in range(_depth(backbone)):
-    block = jax.tree.map(lambda leaf: leaf[layer], blocks)
+    block = jax.tree.map(operator.itemgetter(layer), blocks)
     qkv = block['attn']['qkv']
     kernel_D3HE = qkv['kernel'].reshape(width, 3, heads, width // heads)
     bias_3HE = qkv['bias'].reshape(3, heads, width // heads)
     attention = {
-      name: {'kernel': kernel_D3HE[:, i], 'bias': bias_3HE[i]} for i, name in enumerate(('query', 'key', 'value'))
+      name: {'kernel': kernel_D3HE[:, i], 'bias': bias_3HE[i]}
+      for i, name in enumerate(('query', 'key', 'value'))
     }
     attention['out'] = {
       'kernel': block['attn']['proj']['kernel'].reshape(heads, width // heads, width),
@@ -220,8 +233,8 @@ def timm_model(
   """Names the timm model that our ViT is: `timm.create_model(result['model'], **result['args'])`.
 
   Returns:
-    `model`, a name that timm registers, and `args`, JSON-ready keyword arguments; `num_classes` is 0, so that the model
-    returns the class token after the final norm, our `BackboneOutput.pooled`.
+    `model`, a name that timm registers, and `args`, JSON-ready keyword arguments; `num_classes` is
+    0, so that the model returns the class token after the final norm, our `BackboneOutput.pooled`.
   """
   size = next((key for key, value in VIT_SIZES.items() if value == (width, depth, heads)), None)
   args: dict[str, Any] = {'num_classes': 0}
@@ -240,7 +253,7 @@ def timm_model(
 
 
 def _entries(backbone: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], int | None, Any]]:
-  """Yields (timm name, our path, layer or None, axes) for every parameter of a backbone, layers in order."""
+  """Yields (timm name, our path, layer or None, axes) for every parameter, layers in order."""
   for name, path, axes in _OUTER:
     yield name, path, None, axes
   blocks = backbone['blocks']
@@ -272,7 +285,7 @@ def _transposed(array: Any, axes: Any) -> np.ndarray:
 def _resampled(
   position: np.ndarray, grid: tuple[int, int], state_grid: tuple[int, int] | None
 ) -> np.ndarray:
-  """The saved position embedding on `grid`; returned as it is where it makes no sense, for the report of shapes."""
+  """The saved position embedding on `grid`; as it is, for the report, where it makes no sense."""
   if position.ndim != 3:
     return position
   patches = position.shape[1] - 1
@@ -292,11 +305,18 @@ def _check_fit(state: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, 
     for name, shape in wanted.items()
     if name in state and state[name].shape != tuple(shape)
   ]
-  faults = {'missing from the file': missing, 'unknown to the model': unexpected, 'of another shape': misshapen}
+  faults = {
+    'missing from the file': missing,
+    'unknown to the model': unexpected,
+    'of another shape': misshapen,
+  }
   if any(faults.values()):
-    report = '; '.join(f'{len(names)} {fault}: {_some(names)}' for fault, names in faults.items() if names)
+    report = '; '.join(
+      f'{len(names)} {fault}: {_some(names)}' for fault, names in faults.items() if names
+    )
     raise errors.UserError(
-      f'these timm weights do not fit the model: {report}; check model.width, depth, patch, mlp_ratio and layer_scale'
+      f'these timm weights do not fit the model: {report}; check model.width, depth, patch,'
+      ' mlp_ratio and layer_scale'
     )
 
 

@@ -1,6 +1,7 @@
 """Backbones and heads: the only room that knows Flax.
 
-Every backbone maps normalised images [N, H, W, 3] to a `BackboneOutput` and is built by name through `make_backbone`.
+Every backbone maps normalised images [N, H, W, 3] to a `BackboneOutput` and is built by name
+through `make_backbone`.
 """
 
 import dataclasses
@@ -31,13 +32,16 @@ def make_backbone(name: str, image_size: int | tuple[int, int], **fields) -> nn.
   Args:
     name: a key of `BACKBONES`.
     image_size: side in pixels, or (height, width).
-    **fields: the other fields of that backbone's module, e.g. width, depth, heads and patch for 'vit'.
+    **fields: the other fields of that backbone's module, e.g. width, depth, heads and patch for
+      'vit'.
 
   Raises:
     UserError: for an unknown name or field, a missing field, or fields that contradict each other.
   """
   if name not in BACKBONES:
-    raise errors.UserError(f'model.name is {name!r}: known models are {", ".join(sorted(BACKBONES))}')
+    raise errors.UserError(
+      f'model.name is {name!r}: known models are {", ".join(sorted(BACKBONES))}'
+    )
   backbone = BACKBONES[name]
   known = {
     f.name: f.default is dataclasses.MISSING

@@ -11,9 +11,10 @@ from folk_jax.models import layers as layers_lib
 
 
 class PrototypeLayer(nn.Module):
-  """Weight-normalised linear layer without bias (arXiv 1602.07868): w = gain * kernel / |kernel| for each output.
+  """Weight-normalised linear layer without bias (arXiv 1602.07868).
 
-  Parameters: kernel [bottleneck, K]; gain [K] unless `unit_gain`, where it is 1 and not a parameter.
+  Each output's weights are gain * kernel / |kernel|. Parameters: kernel [bottleneck, K]; gain [K]
+  unless `unit_gain`, where it is 1 and not a parameter.
   """
 
   outputs: int
@@ -35,8 +36,8 @@ class PrototypeLayer(nn.Module):
 class ProjectionHead(nn.Module):
   """DINO's projection head (arXiv 2104.14294, section 3.1 and appendix C).
 
-  MLP with exact GELU to a bottleneck, L2 normalisation, weight-normalised prototypes. The head of a token does not depend on
-  the others, so iBOT's head of patch tokens is this one applied to [N, T, D].
+  MLP with exact GELU to a bottleneck, L2 normalisation, weight-normalised prototypes. Each token
+  is mapped by itself, so iBOT's head of patch tokens is this one applied to [N, T, D].
 
   Attributes:
     hidden: width of the hidden layers.
@@ -69,7 +70,7 @@ class ProjectionHead(nn.Module):
 
 
 class ReconstructionHead(nn.Module):
-  """MFM's decoder (arXiv 2206.07706, section 3.3): one linear layer a position, then a pixel shuffle.
+  """MFM's decoder (arXiv 2206.07706, section 3.3): a linear layer and a pixel shuffle.
 
   Attributes:
     patch: pixels a side that each position reconstructs.
@@ -81,7 +82,7 @@ class ReconstructionHead(nn.Module):
 
   @nn.compact
   def __call__(self, patches_NhwD: jax.Array) -> jax.Array:
-    """Maps patch features [N, h, w, D] to an image [N, h*P, w*P, 3], float32, in normalised pixel units."""
+    """Maps patch features [N, h, w, D] to normalised pixels [N, h*P, w*P, 3], float32."""
     p = self.patch
     dense = nn.Dense(
       3 * p * p, dtype=jnp.dtype(self.dtype), kernel_init=layers_lib.normal, name='proj'

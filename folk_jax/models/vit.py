@@ -1,9 +1,11 @@
 """Vision Transformer in timm's conventions (arXiv 2010.11929; timm's `VisionTransformer`).
 
-Class token first, learned position embedding that includes the class token, pre-norm blocks, exact-erf GELU, LayerNorm
-epsilon 1e-6, packed q, k, v with biases. Blocks are stacked along a leading layer axis and scanned.
+Class token first, learned position embedding that includes the class token, pre-norm blocks,
+exact-erf GELU, LayerNorm epsilon 1e-6, packed q, k, v with biases. Blocks are stacked along a
+leading layer axis and scanned.
 
-Shape letters: N images, H and W pixels, C channels, P patch, h and w patches a side, T tokens (1 + h*w), D width, L layers.
+Shape letters: N images, H and W pixels, C channels, P patch, h and w patches a side, T tokens (1 +
+h*w), D width, L layers.
 """
 
 import chex
@@ -15,9 +17,15 @@ import jax.numpy as jnp
 from folk_jax import errors
 from folk_jax.models import layers as layers_lib
 
-ATTENTION = {'auto': None, 'xla': 'xla', 'cudnn': 'cudnn'}
+ATTENTION = ('xla', 'cudnn')
 DTYPES = ('float32', 'bfloat16')
-REMAT = ('none', 'block')
+# What the backward pass recomputes. Keeping the products with weights alone leaves a third of the
+# memory and, since a CPU is short of bandwidth, is faster there than keeping everything.
+REMAT = {
+  'none': None,
+  'elementwise': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'block': jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @flax.struct.dataclass
@@ -27,8 +35,8 @@ class BackboneOutput:
   Attributes:
     pooled: [N, D]; ViT: class token after the final norm; ResNet: average over positions.
     patches: [N, h, w, D]; ViT: patch tokens after the final norm; ResNet: last feature map.
-    layers: block index -> (pooled [N, D], patches [N, h, w, D]) for the blocks that were asked for, before the final norm
-      unless `normalise_layers` was set.
+    layers: block index -> (pooled [N, D], patches [N, h, w, D]) for the blocks that were asked for,
+      before the final norm unless `normalise_layers` was set.
   """
 
   pooled: jax.Array
@@ -41,8 +49,8 @@ def resample_position_embedding(
 ) -> jax.Array:
   """Resamples a position embedding to another grid of patches, as timm's `resample_abs_pos_embed`.
 
-  Bicubic with antialiasing (which `jax.image.resize` shares with torch only when antialiasing is on); the class token's
-  entry, which comes first, is kept as it is.
+  Bicubic with antialiasing (which `jax.image.resize` shares with torch only when antialiasing is
+  on); the class token's entry, which comes first, is kept as it is.
 
   Args:
     position_1TD: float [1, 1 + h*w, D], patches in row-major order.
@@ -62,7 +70,7 @@ def resample_position_embedding(
 
 
 def to_patches(image_NHWC: jax.Array, patch: int) -> jax.Array:
-  """Cuts images into patches: [N, H, W, C] -> [N, h, w, P*P*C], the order inside a patch being (row, column, channel)."""
+  """Cuts images: [N, H, W, C] -> [N, h, w, P*P*C], inside a patch (row, column, channel)."""
   n, height, width, channels = image_NHWC.shape
   h, w = height // patch, width // patch
   cut = image_NHWC.reshape(n, h, patch, w, patch, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -70,7 +78,7 @@ def to_patches(image_NHWC: jax.Array, patch: int) -> jax.Array:
 
 
 class PatchEmbedding(nn.Module):
-  """Convolution with stride equal to its size, as one matrix product; kernel [P, P, C, D], bias [D]."""
+  """Convolution by its own size as one matrix product; kernel [P, P, C, D], bias [D]."""
 
   width: int
   patch: int
@@ -79,11 +87,13 @@ class PatchEmbedding(nn.Module):
   @nn.compact
   def __call__(self, image_NHWC: jax.Array) -> jax.Array:
     shape = (self.patch, self.patch, image_NHWC.shape[-1], self.width)
-    # timm and DINO leave this convolution at torch's default; at patch 4 a deviation of 0.02 would be four times less.
+    # timm and DINO leave this convolution at torch's default; at patch 4 a deviation of 0.02 would
+    # be four times less.
     kernel = self.param('kernel', layers_lib.torch_uniform, shape)
     bias = self.param('bias', nn.initializers.zeros, (self.width,))
     patches_NhwK = to_patches(image_NHWC.astype(self.dtype), self.patch)
-    return patches_NhwK @ kernel.astype(self.dtype).reshape(-1, self.width) + bias.astype(self.dtype)
+    kernel = kernel.astype(self.dtype).reshape(-1, self.width)
+    return patches_NhwK @ kernel + bias.astype(self.dtype)
 
 
 class ViT(nn.Module):
@@ -94,14 +104,18 @@ class ViT(nn.Module):
     depth: number of blocks.
     heads: attention heads.
     patch: side of a square patch in pixels.
-    image_size: side in pixels, or (height, width), for which the position embedding is built; a multiple of `patch`.
-      Images of another size are accepted: the embedding is then resampled on the fly.
+    image_size: side in pixels, or (height, width), for which the position embedding is built; a
+      multiple of `patch`. Images of another size are accepted: the embedding is then resampled on
+      the fly.
     mlp_ratio: hidden width of the MLP over `width`.
-    drop_path: drop probability of the last block's branches (linear from 0 at the first); acts where keys are given.
+    drop_path: drop probability of the last block's branches (linear from 0 at the first); acts
+      where keys are given.
     layer_scale: initial gain of LayerScale, or None for none.
-    dtype: compute dtype, 'float32' or 'bfloat16'. Parameters, residual stream, norms, softmax and outputs stay float32.
-    remat: 'none', or 'block' to keep only each block's input for the backward pass.
-    attention: 'auto', 'xla' or 'cudnn', passed to `jax.nn.dot_product_attention`.
+    dtype: compute dtype, 'float32' or 'bfloat16'. Parameters, residual stream, norms, softmax and
+      outputs stay float32.
+    remat: what the backward pass recomputes: 'none', 'elementwise' (all but the products with
+      weights: norms, GELU and attention) or 'block' (all but each block's input).
+    attention: 'xla', or 'cudnn' for the fused kernel of NVIDIA GPUs (bfloat16 only).
     scan_unroll: blocks per iteration of the scan over layers.
 
   Raises:
@@ -118,7 +132,7 @@ class ViT(nn.Module):
   layer_scale: float | None = None
   dtype: str = 'float32'
   remat: str = 'none'
-  attention: str = 'auto'
+  attention: str = 'xla'
   scan_unroll: int = 1
 
   @property
@@ -135,13 +149,16 @@ class ViT(nn.Module):
       _check_divides(side, self.patch)
     if self.width % self.heads:
       raise errors.UserError(
-        f'model.width is {self.width} and model.heads is {self.heads}: the heads must divide the width'
+        f'model.width is {self.width} and model.heads is {self.heads}:'
+        ' the heads must divide the width'
       )
     if not 0.0 <= self.drop_path < 1.0:
       raise errors.UserError(f'model.drop_path is {self.drop_path}: it must lie in [0, 1)')
-    for field, known in (('dtype', DTYPES), ('remat', REMAT), ('attention', tuple(ATTENTION))):
+    for field, known in (('dtype', DTYPES), ('remat', tuple(REMAT)), ('attention', ATTENTION)):
       if getattr(self, field) not in known:
-        raise errors.UserError(f'model.{field} is {getattr(self, field)!r}: expected one of {", ".join(known)}')
+        raise errors.UserError(
+          f'model.{field} is {getattr(self, field)!r}: expected one of {", ".join(known)}'
+        )
 
   @nn.compact
   def __call__(
@@ -157,7 +174,8 @@ class ViT(nn.Module):
       image_NHWC: float [N, H, W, 3], normalised by the data's mean and deviation.
       sample_keys: typed key array [N] for drop path, or None for the deterministic forward pass.
       layers: indices in [0, depth) of the blocks whose outputs are returned as well.
-      normalise_layers: whether the final norm is applied to those outputs (as DINO's linear evaluation does).
+      normalise_layers: whether the final norm is applied to those outputs (as DINO's linear
+        evaluation does).
 
     Returns:
       BackboneOutput, float32.
@@ -211,11 +229,13 @@ class ViT(nn.Module):
       hidden=int(self.width * self.mlp_ratio),
       layer_scale=self.layer_scale,
       dtype=dtype,
-      attention=ATTENTION[self.attention],
+      attention=self.attention,
     )
     block = layers_lib.Block
-    if self.remat == 'block':
-      block = nn.remat(block, prevent_cse=False)  # the scan already keeps the two passes apart
+    policy = REMAT[self.remat]
+    if policy is not None:
+      # The scan already keeps the two passes apart, so XLA needn't be kept from merging them.
+      block = nn.remat(block, prevent_cse=False, policy=policy)
     scanned = nn.scan(
       block,
       variable_axes={'params': 0},
@@ -230,5 +250,6 @@ def _check_divides(side: int, patch: int) -> None:
   if side % patch or side < patch:
     low = max(side // patch, 1) * patch
     raise errors.UserError(
-      f'an image side of {side} pixels is not a multiple of the patch, {patch}: use {low} or {low + patch}'
+      f'an image side of {side} pixels is not a multiple of the patch, {patch}:'
+      f' use {low} or {low + patch}'
     )

@@ -71,6 +71,15 @@ class Folk:
         raise UserError(
           f'unknown config.objective.{field} {getattr(self, field)!r}. Known: {", ".join(known)}.'
         )
+    for field in ('gamma', 'student_temperature', 'teacher_temperature', 'teacher_temperature_start'):
+      if not getattr(self, field) > 0:
+        raise UserError(f'config.objective.{field} {getattr(self, field)} must be positive.')
+    if not self.teacher_temperature_epochs >= 0:
+      raise UserError(
+        f'config.objective.teacher_temperature_epochs {self.teacher_temperature_epochs} must not be negative.'
+      )
+    if not 0 <= self.centre_momentum <= 1:
+      raise UserError(f'config.objective.centre_momentum {self.centre_momentum} must be between 0 and 1.')
     weights = (self.reconstruction_weight, self.distillation_weight, self.patch_weight)
     if min(weights) < 0 or not any(weights):
       raise UserError(f'the weights of the losses {weights} must not be negative, and one must be positive.')

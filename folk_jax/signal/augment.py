@@ -46,13 +46,13 @@ class _Draw(enum.IntEnum):
   SOLARISE = 9
 
 
-class Jitter(enum.Enum):
-  """The operations of `jitter`."""
+class Jitter(enum.IntEnum):
+  """The operations of `jitter`; integers, because jax sorts the keys of dictionaries."""
 
-  BRIGHTNESS = 'brightness'
-  CONTRAST = 'contrast'
-  SATURATION = 'saturation'
-  HUE = 'hue'
+  BRIGHTNESS = 0
+  CONTRAST = 1
+  SATURATION = 2
+  HUE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ def jitter(
   Args:
     image_BCHW: float32 in [0, 1].
     order_BO: int32, for each image a permutation of 0 .. O - 1, which number the operations in
-      `amounts_B` as it lists them.
+      `amounts_B`, those of a lower `Jitter` first.
     amounts_B: for each operation float32 [B]: a factor, or turns for the hue.
 
   Returns:
@@ -177,7 +177,7 @@ def jitter(
 
   def apply_at(place: jax.Array, jittered_BCHW: jax.Array) -> jax.Array:
     number_B = jax.lax.dynamic_index_in_dim(order_BO, place, axis=1, keepdims=False)
-    here_B111 = {op: _per_image(number_B == number) for number, op in enumerate(amounts_B)}
+    here_B111 = {op: _per_image(number_B == number) for number, op in enumerate(sorted(amounts_B))}
     return _jitter_once(jittered_BCHW, here_B111, amounts_B)
 
   # A loop, because XLA would fuse unrolled places into one and compute the first of them again and

@@ -44,7 +44,7 @@ def ema_teacher(
   def update(updates, state, params=None, **extra_args):
     del extra_args
     if params is None:
-      raise ValueError(optax.NO_PARAMS_MSG)
+      raise ValueError('ema_teacher averages the params: update needs them as its third argument')
     m = momentum(state.count)
     student = optax.apply_updates(
       {part: params[part] for part in parts}, {part: updates[part] for part in parts}

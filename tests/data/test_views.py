@@ -1,5 +1,4 @@
-"""Crops: torchvision's law of areas and ratios, the fallback by hand, and timm's evaluation view.
-"""
+"""Crops: torchvision's areas and ratios, the fallback by hand, and timm's evaluation view."""
 
 import cv2
 import numpy as np

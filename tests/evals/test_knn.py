@@ -98,7 +98,7 @@ def test_a_slow_twin_over_odd_sizes(bank, images, bank_block, query_block):
 
 
 def test_ties_do_not_depend_on_blocks():
-  # {-1, 1}^4 has 16 directions, of length 2: unit vectors and similarities are exact, so equal is equal.
+  # {-1, 1}^4 has 16 directions, all of length 2: unit vectors and similarities are exact.
   train, train_labels, test, test_labels = sample(5, 90, 30, 4, 6)
   arrays = np.sign(train), train_labels, np.sign(test), test_labels
   whole, blocks = (
@@ -120,18 +120,21 @@ def test_equal_similarities_rank_by_place_and_equal_votes_by_class():
 
 
 def test_padding_never_votes():
-  # Every real similarity is -1; a row of padding would offer 0 and class 0.
+  # Every real similarity is -1; a row of padding would offer 0, and its number, past the end of the
+  # bank, would be read as the last label.
   bank, query = np.ones((5, 4), np.float32), -np.ones((3, 4), np.float32)
-  result = knn(bank, [3] * 5, query, [3] * 3, ks=(1, 5, 8), classes=4, bank_block=4, query_block=2)
-  assert result == dict.fromkeys((1, 5, 8), (1.0, 1.0))
-  result = knn(bank, [3] * 5, query, [0] * 3, ks=(8,), classes=4, bank_block=4, query_block=2)
-  assert result == {8: (0.0, 0.0)}
+  labels = [3, 3, 3, 3, 1]
+  for label, expected in ((3, [(1, 1), (1, 1), (1, 1)]), (1, [(0, 0), (0, 1), (0, 1)])):
+    result = knn(
+      bank, labels, query, [label] * 3, ks=(1, 5, 8), classes=4, bank_block=4, query_block=2
+    )
+    assert list(result.values()) == expected
 
 
 def test_top5_counts_only_classes_with_a_vote():
   bank = np.eye(6, dtype=np.float32)
   query = np.float32([[6, 5, 4, 3, 2, 1]])
-  # The nearest five vote for classes 0 to 4 in this order; class 5 has a vote from k = 6 on, and is sixth.
+  # The nearest vote for classes 0 to 5 in this order: class 5 has a vote if k is 6, and is sixth.
   for label, ranks in ((0, [1, 1, 1]), (4, [0, 1, 1]), (5, [0, 0, 0]), (6, [0, 0, 0])):
     result = knn(bank, range(6), query, [label], ks=(2, 5, 6), classes=7)
     assert [top5 for _, top5 in result.values()] == ranks
@@ -164,7 +167,8 @@ rng = np.random.default_rng(3)
 train, test = rng.normal(size=(75, 8)), rng.normal(size=(43, 8))
 labels = rng.integers(0, 6, 118)
 def run():
-  return knn(train, labels[:75], test, labels[75:], ks=(5, 20), classes=6, bank_block=32, query_block=4)
+  blocks = {'bank_block': 32, 'query_block': 4}
+  return knn(train, labels[:75], test, labels[75:], ks=(5, 20), classes=6, **blocks)
 alone = run()
 mesh = jax.make_mesh((4, 2), ('data', 'fsdp'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 with jax.set_mesh(mesh):

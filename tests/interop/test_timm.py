@@ -1,138 +1,244 @@
-"""timm's names: a bijection with our tree, refusals that name what doesn't fit, and timm's own features."""
+"""timm's names and layouts: exact round trips, reports in words, and timm's own forward."""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from folk_jax import models
-from folk_jax.errors import UserError
+from folk_jax import errors, models
 from folk_jax.interop import timm as interop
 
-FIELDS = {'width': 24, 'depth': 2, 'heads': 3, 'patch': 4}
+# Both forwards are float32: values of order 1 after a few blocks, sums in another order.
+FEATURE_TOLERANCE = {'atol': 3e-5, 'rtol': 1e-5}
 
 
-def random_backbone(image_size, seed=0, **fields):
-  """A ViT with parameters of which none is at its (often zero) initial value."""
-  module = models.make_backbone('vit', image_size, **{**FIELDS, **fields})
-  size = (image_size, image_size) if isinstance(image_size, int) else image_size
-  template = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *size, 3)))['params']
-  rng = np.random.default_rng(seed)
-  draw = lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32)
-  return module, jax.tree.map(draw, template)
+def _model(image_size=8, **changes):
+  """A ViT and random parameters, none of them at an initial 0 or 1."""
+  fields = {'width': 24, 'depth': 3, 'heads': 3, 'patch': 4} | changes
+  model = models.make_backbone('vit', image_size, **fields)
+  height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+  image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), image)['params']
+  rng = np.random.default_rng(0)
+  # Deviation 0.2: large enough that a swapped axis or name shows, small enough not to saturate.
+  params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
+  return model, params
 
 
-@pytest.mark.parametrize('layer_scale', [None, 0.1])
-def test_there_and_back_is_exact(layer_scale):
-  module, params = random_backbone(16, layer_scale=layer_scale)
+def test_names_and_layouts_by_hand():
+  model, params = _model(layer_scale=1e-5)
   state = interop.to_timm(params)
-  back = interop.from_timm(state, params, grid=module.grid)
-  jax.tree.map(np.testing.assert_array_equal, back, params)
-  assert ('blocks.1.ls1.gamma' in state) == (layer_scale is not None)
-  assert sum(value.size for value in state.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def test_layouts_by_hand():
-  _, params = random_backbone(16)
-  state = interop.to_timm(params)
-  kernel = params['patch_embed']['kernel']  # row, column, channel in, channel out
+  assert len(state) == 6 + 3 * 14
+  assert all(value.dtype == np.float32 and value.flags.c_contiguous for value in state.values())
+  kernel = params['patch_embed']['kernel']
   assert state['patch_embed.proj.weight'][5, 2, 1, 3] == kernel[1, 3, 2, 5]
-  assert state['blocks.1.attn.qkv.weight'][30, 7] == params['blocks']['attn']['qkv']['kernel'][1, 7, 30]
-  assert state['norm.weight'].dtype == np.float32
+  assert state['blocks.2.mlp.fc1.weight'][7, 4] == params['blocks']['mlp']['fc1']['kernel'][2, 4, 7]
+  assert state['blocks.1.ls2.gamma'][3] == params['blocks']['ls2']['gamma'][1, 3]
+  assert state['norm.weight'][0] == params['norm']['scale'][0]
+  assert model.grid == (2, 2)
 
 
-def test_another_size_resamples_the_positions_and_nothing_else():
-  _, small = random_backbone(16)
-  module, template = random_backbone(24)
-  loaded = interop.from_timm(interop.to_timm(small), template, grid=module.grid)
-  assert loaded['pos_embed'].shape == (1, 37, 24)
-  np.testing.assert_array_equal(loaded['pos_embed'][:, 0], small['pos_embed'][:, 0])
-  np.testing.assert_array_equal(loaded['blocks']['mlp']['fc1']['kernel'], small['blocks']['mlp']['fc1']['kernel'])
+@pytest.mark.parametrize('changes', [{}, {'layer_scale': 1e-5}, {'image_size': (8, 12)}])
+def test_round_trip_is_exact(changes):
+  model, params = _model(**changes)
+  state = interop.to_timm(params) | {'head.weight': np.zeros((10, 24)), 'head.bias': np.zeros(10)}
+  shapes = jax.eval_shape(lambda: params)
+  back = interop.from_timm(state, shapes, grid=model.grid)
+  assert jax.tree.structure(back) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  assert interop.ignored_names(state) == ['head.bias', 'head.weight']
 
 
-def test_a_classifier_is_ignored_and_listed():
-  module, params = random_backbone(16)
-  state = interop.to_timm(params) | {'head.weight': np.zeros((10, 24), np.float32)}
-  jax.tree.map(np.testing.assert_array_equal, interop.from_timm(state, params, grid=module.grid), params)
-  assert interop.ignored_names(state) == ['head.weight']
+def test_position_embedding_is_resampled_to_the_grid():
+  small, params = _model(image_size=8)
+  large, template = _model(image_size=(16, 12))
+  loaded = interop.from_timm(interop.to_timm(params), template, grid=large.grid)
+  expected = models.resample_position_embedding(jnp.asarray(params['pos_embed']), (2, 2), (4, 3))
+  np.testing.assert_array_equal(loaded['pos_embed'], expected)
+  # A saved grid that is no square has to be named: 4 x 3 patches could as well be 2 x 6.
+  back = interop.from_timm(interop.to_timm(template), params, grid=small.grid, state_grid=(4, 3))
+  expected = models.resample_position_embedding(jnp.asarray(template['pos_embed']), (4, 3), (2, 2))
+  np.testing.assert_array_equal(back['pos_embed'], expected)
+  with pytest.raises(errors.UserError, match='pos_embed'):
+    interop.from_timm(interop.to_timm(template), params, grid=small.grid)
 
 
-def test_what_does_not_fit_is_named_on_both_sides():
-  module, params = random_backbone(16)
+def test_report_names_both_sides():
+  model, params = _model()
   state = interop.to_timm(params)
   del state['norm.bias']
-  state['reg_token'] = np.zeros(3, np.float32)
-  state['blocks.0.mlp.fc1.weight'] = np.zeros((7, 24), np.float32)
-  with pytest.raises(UserError) as caught:
-    interop.from_timm(state, params, grid=module.grid)
-  for piece in ('norm.bias', 'reg_token', 'blocks.0.mlp.fc1.weight', '[7, 24]', '[96, 24]'):
-    assert piece in str(caught.value)
+  state['blocks.3.norm1.weight'] = np.zeros(24)
+  state['blocks.0.mlp.fc1.weight'] = np.zeros((48, 24))
+  with pytest.raises(errors.UserError) as caught:
+    interop.from_timm(state, params, grid=model.grid)
+  message = str(caught.value)
+  assert '1 missing from the file: norm.bias' in message
+  assert '1 unknown to the model: blocks.3.norm1.weight' in message
+  assert '1 of another shape: blocks.0.mlp.fc1.weight (file [48, 24], model [96, 24])' in message
+  assert '\n' not in message
 
 
-@pytest.mark.parametrize(('name', 'content'), [('x.safetensors', b'junk'), ('x.npz', b'junk'), ('x.pth', b'')])
-def test_files_that_are_not_what_they_say(tmp_path, name, content):
-  (tmp_path / name).write_bytes(content)
-  with pytest.raises(UserError, match=name.replace('.', r'\.')):
-    interop.load_timm_file(tmp_path / name)
-  with pytest.raises(UserError, match='no such file'):
-    interop.load_timm_file(tmp_path / 'absent.safetensors')
+def test_long_reports_are_cut():
+  model, params = _model()
+  with pytest.raises(errors.UserError, match='42 missing from the file: .* and 38 more'):
+    interop.from_timm({}, params, grid=model.grid)
 
 
 @pytest.mark.parametrize(
-  ('fields', 'model', 'args'),
+  'fields, expected',
   [
-    ((384, 12, 6, 16, 224), 'vit_small_patch16_224', {'num_classes': 0}),
-    ((1024, 24, 16, 14, 518), 'vit_large_patch14_224', {'num_classes': 0, 'img_size': 518}),
+    (('s', 16, 224), ('vit_small_patch16_224', {'num_classes': 0})),
+    (('ti', 16, 96), ('vit_tiny_patch16_224', {'num_classes': 0, 'img_size': 96})),
+    (('b', 8, (64, 96)), ('vit_base_patch8_224', {'num_classes': 0, 'img_size': [64, 96]})),
+    (('l', 14, 224), ('vit_large_patch14_224', {'num_classes': 0})),
     (
-      (96, 3, 3, 4, 32),
-      'vit_base_patch16_224',
-      {'num_classes': 0, 'patch_size': 4, 'embed_dim': 96, 'depth': 3, 'num_heads': 3, 'img_size': 32},
+      ('s', 4, 32),
+      (
+        'vit_base_patch16_224',
+        {
+          'num_classes': 0,
+          'patch_size': 4,
+          'embed_dim': 384,
+          'depth': 12,
+          'num_heads': 6,
+          'img_size': 32,
+        },
+      ),
     ),
   ],
 )
-def test_timm_models_by_name(fields, model, args):
-  names = ('width', 'depth', 'heads', 'patch', 'image_size')
-  assert interop.timm_model(**dict(zip(names, fields, strict=True))) == {'model': model, 'args': args}
+def test_timm_model_names(fields, expected):
+  size, patch, image_size = fields
+  width, depth, heads = interop.VIT_SIZES[size]
+  found = interop.timm_model(
+    width=width, depth=depth, heads=heads, patch=patch, image_size=image_size
+  )
+  assert (found['model'], found['args']) == expected
+  assert json.loads(json.dumps(found)) == found
 
 
-def timm_tokens(about, state, image_NHWC):
-  import timm
+def test_files_are_read_or_refused_in_words(tmp_path):
+  state = {'norm.weight': np.arange(3, dtype=np.float32)}
+  safetensors.numpy.save_file(state, tmp_path / 'a.safetensors')
+  np.savez(tmp_path / 'a.npz', **state)
+  for name in ('a.safetensors', 'a.npz'):
+    np.testing.assert_array_equal(interop.load_timm_file(tmp_path / name)['norm.weight'], [0, 1, 2])
+  (tmp_path / 'bad.safetensors').write_bytes(b'not one')
+  (tmp_path / 'bad.npz').write_bytes(b'not one')
+  (tmp_path / 'a.pth').write_bytes(b'')
+  for name, message in (
+    ('bad.safetensors', 'damaged'),
+    ('bad.npz', 'damaged'),
+    ('a.pth', 'convert'),
+    ('none.safetensors', 'no such file'),
+  ):
+    with pytest.raises(errors.UserError, match=message):
+      interop.load_timm_file(tmp_path / name)
+
+
+def test_big_vision_layout_by_hand():
+  _, params = _model()
+  tree = interop.to_big_vision(params, heads=3)
+  assert len(tree) == 6 + 3 * 16
+  block = 'params/Transformer/encoderblock_1'
+  attention = f'{block}/MultiHeadDotProductAttention_0'
+  qkv = params['blocks']['attn']['qkv']['kernel'][1]
+  # Head 2, channel 5 of the keys is column 24 + 2 * 8 + 5 of the packed kernel.
+  np.testing.assert_array_equal(tree[f'{attention}/key/kernel'][:, 2, 5], qkv[:, 24 + 2 * 8 + 5])
+  assert tree[f'{attention}/out/kernel'].shape == (3, 8, 24)
+  np.testing.assert_array_equal(tree['params/pos_embedding'], params['pos_embed'][:, 1:])
+  np.testing.assert_array_equal(
+    tree['params/cls'], params['cls_token'] + params['pos_embed'][:, :1]
+  )
+  with pytest.raises(errors.UserError, match='LayerScale'):
+    interop.to_big_vision(_model(layer_scale=0.1)[1], heads=3)
+
+
+def _timm_tokens(model, image):
   import torch
 
-  model = timm.create_model(about['model'], **about['args']).eval()
-  model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})
   with torch.no_grad():
-    return model.forward_features(torch.from_numpy(image_NHWC.transpose(0, 3, 1, 2).copy())).numpy()
+    return (
+      model.eval()
+      .forward_features(torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2))))
+      .numpy()
+    )
+
+
+def _our_tokens(model, params, image):
+  with jax.default_matmul_precision('highest'):
+    output = jax.jit(model.apply)({'params': params}, image)
+  patches = output.patches.reshape(len(image), -1, output.pooled.shape[-1])
+  return np.concatenate([output.pooled[:, None], patches], axis=1)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-  ('image_size', 'fields'),
-  [(16, {}), ((12, 20), {'layer_scale': 0.2}), (28, {'patch': 14, 'depth': 3, 'mlp_ratio': 3.0})],
+  'changes',
+  [
+    {},
+    {'layer_scale': 0.1},
+    {'image_size': (8, 20)},
+    {'image_size': 35, 'patch': 7, 'mlp_ratio': 3.0},
+  ],
 )
-def test_features_are_timms(image_size, fields):
-  module, params = random_backbone(image_size, **fields)
-  size = (image_size, image_size) if isinstance(image_size, int) else image_size
-  image_NHWC = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
-  output = module.apply({'params': params}, image_NHWC)
-  ours = np.concatenate([output.pooled[:, None], output.patches.reshape(2, -1, 24)], axis=1)
-  about = interop.timm_model(image_size=image_size, **{**FIELDS, **fields})
-  # float32 on both sides; 1e-4 is the issue's bound, a hundred times float32's rounding at this depth.
-  np.testing.assert_allclose(ours, timm_tokens(about, interop.to_timm(params), image_NHWC), atol=1e-4)
-
-
-@pytest.mark.parity
-def test_timm_reads_the_big_vision_file(tmp_path):
+def test_features_equal_timm(changes):
   import timm
   import torch
 
-  module, params = random_backbone(16)
-  file = tmp_path / 'weights.npz'
-  np.savez(file, **interop.to_big_vision(params, heads=3))
-  about = interop.timm_model(image_size=16, **FIELDS)
-  model = timm.create_model(about['model'], **about['args'] | {'no_embed_class': True}).eval()
-  model.load_pretrained(str(file))
-  image_NHWC = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
-  with torch.no_grad():
-    theirs = model(torch.from_numpy(image_NHWC.transpose(0, 3, 1, 2).copy())).numpy()
-  np.testing.assert_allclose(module.apply({'params': params}, image_NHWC).pooled, theirs, atol=1e-4)
+  fields = {'image_size': 8, 'width': 24, 'depth': 3, 'heads': 3, 'patch': 4} | changes
+  model, params = _model(**changes)
+  named = interop.timm_model(**fields)
+  theirs = timm.create_model(named['model'], **named['args'])
+  state = interop.to_timm(params)
+  theirs.load_state_dict(
+    {name: torch.from_numpy(value) for name, value in state.items()}, strict=True
+  )
+  side = fields['image_size']
+  image = np.random.default_rng(1).normal(
+    size=(2, *((side, side) if isinstance(side, int) else side), 3)
+  )
+  image = image.astype(np.float32)
+  np.testing.assert_allclose(
+    _our_tokens(model, params, image), _timm_tokens(theirs, image), **FEATURE_TOLERANCE
+  )
+
+
+@pytest.mark.parity
+def test_timm_names_exist_and_fit():
+  """Every name that `timm_model` can give is registered, with the sizes that we took it for."""
+  import timm
+  import torch
+
+  for size, patches in interop.TIMM_PATCHES.items():
+    width, depth, heads = interop.VIT_SIZES[size]
+    for patch in patches:
+      named = interop.timm_model(width=width, depth=depth, heads=heads, patch=patch, image_size=224)
+      assert named['model'].endswith(f'patch{patch}_224')
+      with torch.device('meta'):
+        theirs = timm.create_model(named['model'], **named['args'])
+      assert theirs.embed_dim == width and len(theirs.blocks) == depth
+      assert theirs.blocks[0].attn.num_heads == heads and theirs.num_prefix_tokens == 1
+      model = models.make_backbone('vit', 224, width=width, depth=depth, heads=heads, patch=patch)
+      image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+      template = jax.eval_shape(model.init, jax.random.key(0), image)['params']
+      expected = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+      assert interop.timm_shapes(template) == expected
+
+
+@pytest.mark.parity
+def test_timm_loads_the_big_vision_file(tmp_path):
+  import timm
+
+  model, params = _model()
+  named = interop.timm_model(image_size=8, width=24, depth=3, heads=3, patch=4)
+  theirs = timm.create_model(named['model'], **named['args'], no_embed_class=True)
+  np.savez(tmp_path / 'weights.npz', **interop.to_big_vision(params, heads=3))
+  theirs.load_pretrained(str(tmp_path / 'weights.npz'))
+  image = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
+  np.testing.assert_allclose(
+    _our_tokens(model, params, image), _timm_tokens(theirs, image), **FEATURE_TOLERANCE
+  )

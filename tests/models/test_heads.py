@@ -1,7 +1,5 @@
 """Projection and reconstruction heads: DINO's and iBOT's numbers, and torch's pixel order."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,37 +7,37 @@ import pytest
 
 from folk_jax import models
 
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'heads.npz'
-# The golden numbers come from a float64 run; index.json grants a float32 re-implementation these (atol, rtol).
-OUTPUT_TOLERANCE = dict(atol=2e-6, rtol=2e-5)
-GRADIENT_TOLERANCE = dict(atol=2e-5, rtol=2e-4)
+# The golden numbers come from a float64 run; index.json grants a float32 re-implementation these
+# (atol, rtol).
+OUTPUT_TOLERANCE = {'atol': 2e-6, 'rtol': 2e-5}
+GRADIENT_TOLERANCE = {'atol': 2e-5, 'rtol': 2e-4}
 
 
-@pytest.fixture(scope='module')
-def golden():
-  with np.load(GOLDEN) as archive:
-    return dict(archive)
-
-
-def _head(golden, case, last='last_layer'):
+def _head(numbers, case, last='last_layer'):
   """The head of a golden case and its parameters, from torch's layout."""
   free = '.nl0' in case
-  kernel = golden[f'{case}.sd.{last}.weight_v'].T
+  kernel = numbers[f'{case}.sd.{last}.weight_v'].T
   params = {
-    f'mlp_{i}': {'kernel': golden[f'{case}.sd.mlp.{2 * i}.weight'].T, 'bias': golden[f'{case}.sd.mlp.{2 * i}.bias']}
+    f'mlp_{i}': {
+      'kernel': numbers[f'{case}.sd.mlp.{2 * i}.weight'].T,
+      'bias': numbers[f'{case}.sd.mlp.{2 * i}.bias'],
+    }
     for i in range(3)
   }
   params['last_layer'] = {'kernel': kernel}
   if free:
-    params['last_layer']['gain'] = golden[f'{case}.sd.{last}.weight_g'][:, 0]
-  head = models.ProjectionHead(hidden=64, bottleneck=32, outputs=kernel.shape[1], norm_last_layer=not free)
+    params['last_layer']['gain'] = numbers[f'{case}.sd.{last}.weight_g'][:, 0]
+  head = models.ProjectionHead(
+    hidden=64, bottleneck=32, outputs=kernel.shape[1], norm_last_layer=not free
+  )
   return head, params
 
 
 @pytest.mark.parametrize('case', ['dino_head.nl1', 'dino_head.nl0'])
-def test_golden_dino_head(golden, case):
-  head, params = _head(golden, case)
-  x = golden[f'{case}.x']
+def test_golden_dino_head(numbers, case):
+  numbers = golden('heads')
+  head, params = _head(numbers, case)
+  x = numbers[f'{case}.x']
   fresh = jax.eval_shape(head.init, jax.random.key(0), x)['params']
   assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
 
@@ -48,43 +46,55 @@ def test_golden_dino_head(golden, case):
     return jnp.sum(jnp.square(y)), y
 
   with jax.default_matmul_precision('highest'):
-    (_, y), (by_params, by_x) = jax.jit(jax.value_and_grad(energy, argnums=(0, 1), has_aux=True))(params, x)
-  np.testing.assert_allclose(y, golden[f'{case}.y'], **OUTPUT_TOLERANCE)
-  np.testing.assert_allclose(by_x, golden[f'{case}.grad.x'], **GRADIENT_TOLERANCE)
+    (_, y), (by_params, by_x) = jax.jit(jax.value_and_grad(energy, argnums=(0, 1), has_aux=True))(
+      params, x
+    )
+  np.testing.assert_allclose(y, numbers[f'{case}.y'], **OUTPUT_TOLERANCE)
+  np.testing.assert_allclose(by_x, numbers[f'{case}.grad.x'], **GRADIENT_TOLERANCE)
   pairs = {
     'mlp.0.weight': by_params['mlp_0']['kernel'].T,
     'last_layer.weight_v': by_params['last_layer']['kernel'].T,
   }
   if 'gain' in by_params['last_layer']:
     pairs['last_layer.weight_g'] = by_params['last_layer']['gain'][:, None]
-  assert {f'{case}.grad.{name}' for name in pairs} | {f'{case}.grad.x'} == {k for k in golden if f'{case}.grad' in k}
+  assert {f'{case}.grad.{name}' for name in pairs} | {f'{case}.grad.x'} == {
+    k for k in numbers if f'{case}.grad' in k
+  }
   for name, gradient in pairs.items():
-    np.testing.assert_allclose(gradient, golden[f'{case}.grad.{name}'], **GRADIENT_TOLERANCE, err_msg=name)
+    np.testing.assert_allclose(
+      gradient, numbers[f'{case}.grad.{name}'], **GRADIENT_TOLERANCE, err_msg=name
+    )
 
 
 @pytest.mark.parametrize(
-  'case, patch_layer', [('ibot_head.nl1.shared1', 'last_layer'), ('ibot_head.nl0.shared0', 'last_layer2')]
+  'case, patch_layer',
+  [('ibot_head.nl1.shared1', 'last_layer'), ('ibot_head.nl0.shared0', 'last_layer2')],
 )
-def test_golden_ibot_head(golden, case, patch_layer):
+def test_golden_ibot_head(numbers, case, patch_layer):
   """iBOT's head of class and patch tokens is DINO's head on each token."""
-  x = golden[f'{case}.x']
+  numbers = golden('heads')
+  x = numbers[f'{case}.x']
   with jax.default_matmul_precision('highest'):
-    for layer, tokens, name in (('last_layer', x[:, 0], 'y_cls'), (patch_layer, x[:, 1:], 'y_patch')):
-      head, params = _head(golden, case, layer)
+    for layer, tokens, name in (
+      ('last_layer', x[:, 0], 'y_cls'),
+      (patch_layer, x[:, 1:], 'y_patch'),
+    ):
+      head, params = _head(numbers, case, layer)
       logits = jax.jit(head.apply)({'params': params}, tokens)
-      np.testing.assert_allclose(logits, golden[f'{case}.{name}'], **OUTPUT_TOLERANCE)
+      np.testing.assert_allclose(logits, numbers[f'{case}.{name}'], **OUTPUT_TOLERANCE)
 
 
 def test_golden_ibot_gradient(golden):
+  numbers = golden('heads')
   case = 'ibot_head.nl1.shared1'
-  head, params = _head(golden, case)
+  head, params = _head(numbers, case)
 
   def energy(x):
     return jnp.sum(jnp.square(head.apply({'params': params}, x)))
 
   with jax.default_matmul_precision('highest'):
-    gradient = jax.jit(jax.grad(energy))(golden[f'{case}.x'])
-  np.testing.assert_allclose(gradient, golden[f'{case}.grad.x'], **GRADIENT_TOLERANCE)
+    gradient = jax.jit(jax.grad(energy))(numbers[f'{case}.x'])
+  np.testing.assert_allclose(gradient, numbers[f'{case}.grad.x'], **GRADIENT_TOLERANCE)
 
 
 def test_logits_are_cosines_whatever_the_kernel_scale():
@@ -108,14 +118,18 @@ def test_zero_features_have_finite_gradients():
 def test_bfloat16_heads_return_float32():
   x = jax.random.normal(jax.random.key(0), (4, 2, 2, 16))
   for exact, rough in (
-    (models.ProjectionHead(hidden=32, bottleneck=8, outputs=12), models.ProjectionHead(32, 8, 12, dtype='bfloat16')),
+    (
+      models.ProjectionHead(hidden=32, bottleneck=8, outputs=12),
+      models.ProjectionHead(32, 8, 12, dtype='bfloat16'),
+    ),
     (models.ReconstructionHead(2), models.ReconstructionHead(2, dtype='bfloat16')),
   ):
     params = exact.init(jax.random.key(1), x)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
     expected, actual = exact.apply(params, x), rough.apply(params, x)
     assert actual.dtype == jnp.float32
-    # Values up to 1 after at most four bfloat16 roundings of 2^-9 each, amplified a little by the normalisation.
+    # Values up to 1 after at most four bfloat16 roundings of 2^-9 each, amplified a little by the
+    # normalisation.
     np.testing.assert_allclose(actual, expected, atol=0.03)
 
 
@@ -145,4 +159,6 @@ def test_reconstruction_head_equals_torch_pixel_shuffle():
   flat = np.asarray(patches) @ np.asarray(proj['kernel']) + np.asarray(proj['bias'])
   expected = torch.nn.functional.pixel_shuffle(torch.from_numpy(flat.transpose(0, 3, 1, 2)), 4)
   # One product of 8 terms of order 0.02: rounding only.
-  np.testing.assert_allclose(head.apply(params, patches), expected.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+  np.testing.assert_allclose(
+    head.apply(params, patches), expected.permute(0, 2, 3, 1).numpy(), atol=1e-6
+  )

@@ -12,10 +12,16 @@ from folk_jax.errors import UserError
 from folk_jax.objectives import losses
 
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'dino_ibot_loss.npz'
-# The references ran in float64. Logits / 0.04 reach 50, so float32 softmaxes are good to about 50 * 6e-8 = 3e-6;
-# gradients, up to 0.3 here, carry that as absolute error where they are small.
+# The references ran in float64. Logits / 0.04 reach 50, so float32 softmaxes are good to about
+# 50 * 6e-8 = 3e-6; the gradients of small probabilities carry that as relative error.
 LOSS = {'rtol': 1e-5, 'atol': 1e-6}
 GRADIENT = {'rtol': 1e-4, 'atol': 1e-7}
+
+# Compiled whole: operation by operation, most of this file's time would go into compiling.
+distillation_loss = jax.jit(losses.distillation_loss)
+patch_distillation_loss = jax.jit(losses.patch_distillation_loss)
+updated_centre = jax.jit(losses.updated_centre)
+distillation_statistics = jax.jit(losses.distillation_statistics)
 
 
 @pytest.fixture(scope='module')
@@ -61,16 +67,17 @@ def test_dinos_loss_gradient_and_centre(golden, views, step):
   student, teacher = batch_first(given['student'], views), batch_first(given['teacher'], 2)
   centre = float32(given['center_in'][0])
 
+  @jax.jit
   @jax.value_and_grad
   def loss(student):
-    return losses.distillation_loss(
+    return distillation_loss(
       student, teacher, centre, student_temperature, given['teacher_temp']
     ).mean()
 
   value, gradient = loss(student)
   np.testing.assert_allclose(value, expected['loss'], **LOSS)
   np.testing.assert_allclose(gradient, batch_first(expected['grad_student'], views), **GRADIENT)
-  moved = losses.updated_centre(centre, teacher, momentum)
+  moved = updated_centre(centre, teacher, momentum)
   np.testing.assert_allclose(moved, expected['center_out'][0], **LOSS)
 
 
@@ -92,10 +99,10 @@ def test_ibots_losses_gradients_and_centres(golden, views, step):
 
   def parts(student_class, student_patch):
     seen = jnp.concatenate([student_class, *local], axis=1)
-    by_class = losses.distillation_loss(
+    by_class = distillation_loss(
       seen, teacher_class, centres[0], student_temperature, temperatures[0]
     )
-    by_patch = losses.patch_distillation_loss(
+    by_patch = patch_distillation_loss(
       student_patch, teacher_patch, centres[1], student_temperature, temperatures[1], mask
     )
     return class_weight * by_class.mean(), patch_weight * by_patch.mean()
@@ -114,7 +121,7 @@ def test_ibots_losses_gradients_and_centres(golden, views, step):
     centres, momenta, (teacher_class, teacher_patch), ('center_out', 'center2_out'), strict=True
   ):
     np.testing.assert_allclose(
-      losses.updated_centre(centre, teacher, momentum), array[out].ravel(), **LOSS
+      updated_centre(centre, teacher, momentum), array[out].ravel(), **LOSS
     )
 
 
@@ -124,7 +131,7 @@ def test_ibots_losses_gradients_and_centres(golden, views, step):
 def test_distillation_equals_a_loop_over_pairs(views, teachers, outputs):
   student, teacher = logits(0, 3, views, outputs), logits(1, 3, teachers, outputs)
   centre = logits(2, outputs)
-  result = losses.distillation_loss(student, teacher, centre, 0.1, 0.05)
+  result = distillation_loss(student, teacher, centre, 0.1, 0.05)
   for image in range(3):
     pairs = [
       cross_entropy(student[image, v], teacher[image, q], centre, 0.1, 0.05)
@@ -139,7 +146,7 @@ def test_patch_distillation_equals_a_loop_over_tokens():
   student, teacher = logits(0, 3, 2, 5, 7), logits(1, 3, 2, 5, 7)
   centre, mask = logits(2, 7), np.random.default_rng(3).random((3, 2, 5)) < 0.5
   mask[0, 1] = False
-  result = losses.patch_distillation_loss(student, teacher, centre, 0.1, 0.05, mask)
+  result = patch_distillation_loss(student, teacher, centre, 0.1, 0.05, mask)
   for image in range(3):
     views = [
       [
@@ -158,19 +165,19 @@ def test_patch_distillation_equals_a_loop_over_tokens():
 def test_uniform_student_and_teacher_rest_at_ln_k(outputs):
   zeros = jnp.zeros((2, 2, outputs))
   # Every term is equal; XLA's float32 logarithm on CPU is off by 6e-7 at some arguments.
-  loss = losses.distillation_loss(zeros, zeros, zeros[0, 0], 0.1, 0.04)
+  loss = distillation_loss(zeros, zeros, zeros[0, 0], 0.1, 0.04)
   np.testing.assert_allclose(loss, [math.log(outputs)] * 2, rtol=1e-6)
 
 
 def test_one_pair_by_hand():
-  # Teacher on view 2: softmax((ln 3, 0)) = (3/4, 1/4) after centring and division by 0.5. Student on view 1: (1/2, 1/2).
-  # Teacher on view 1: (1/2, 1/2). Student on view 2: softmax(ln 4, 0) = (4/5, 1/5).
+  # Centred and divided by 0.5: the teacher says softmax(ln 3, 0) = (3/4, 1/4) of view 2 and
+  # (1/2, 1/2) of view 1; the student (1/2, 1/2) of view 1, softmax(ln 4, 0) = (4/5, 1/5) of view 2.
   centre = jnp.array([1.0, 2.0])
   teacher = jnp.array([[[1.0, 2.0], [1.0 + 0.5 * math.log(3), 2.0]]])
   student = jnp.array([[[7.0, 7.0], [0.2 * math.log(4), 0.0]]])
   expected = (math.log(2) + (math.log(5 / 4) + math.log(5)) / 2) / 2
   np.testing.assert_allclose(
-    losses.distillation_loss(student, teacher, centre, 0.2, 0.5), [expected], **LOSS
+    distillation_loss(student, teacher, centre, 0.2, 0.5), [expected], **LOSS
   )
 
 
@@ -180,15 +187,16 @@ def test_no_gradient_reaches_teacher_or_centre():
 
   def total(student, teacher, centre):
     return (
-      losses.distillation_loss(student, teacher, centre, 0.1, 0.05).sum()
-      + losses.patch_distillation_loss(
+      distillation_loss(student, teacher, centre, 0.1, 0.05).sum()
+      + patch_distillation_loss(
         student[:, :, None] * patches, teacher[:, :, None] * patches, centre, 0.1, 0.05, mask
       ).sum()
-      + losses.updated_centre(centre, teacher, 0.9).sum()
-      + sum(losses.distillation_statistics(student, teacher, centre, 0.1, 0.05).values())
+      + updated_centre(centre, teacher, 0.9).sum()
+      + sum(distillation_statistics(student, teacher, centre, 0.1, 0.05).values())
     )
 
-  of_student, of_teacher, of_centre = jax.grad(total, argnums=(0, 1, 2))(student, teacher, centre)
+  gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+  of_student, of_teacher, of_centre = gradient(student, teacher, centre)
   assert not of_teacher.any() and not of_centre.any()
   assert np.abs(of_student).min() > 0
 
@@ -197,7 +205,7 @@ def test_unmasked_tokens_have_no_say():
   student, teacher, centre = logits(0, 2, 2, 4, 5), logits(1, 2, 2, 4, 5), logits(2, 5)
   mask = np.array([[[1, 0, 1, 0], [0, 0, 0, 1]], [[0, 0, 0, 0], [0, 0, 0, 0]]], bool)
   loss, pull = jax.vjp(
-    lambda s: losses.patch_distillation_loss(s, teacher, centre, 0.1, 0.05, mask),
+    lambda s: patch_distillation_loss(s, teacher, centre, 0.1, 0.05, mask),
     jnp.asarray(student),
   )
   (gradient,) = pull(jnp.ones(2))
@@ -207,9 +215,9 @@ def test_unmasked_tokens_have_no_say():
 
 def test_centring_takes_a_common_shift_away():
   student, teacher, shift = logits(0, 4, 2, 6), logits(1, 4, 2, 6), logits(2, 6)
-  plain = losses.distillation_loss(student, teacher, jnp.zeros(6), 0.1, 0.05)
-  shifted = losses.distillation_loss(student + 3.0, teacher + shift, shift, 0.1, 0.05)
-  # The sum rounds the shifted logits (up to 4) to 2e-7, which a temperature of 0.05 multiplies by 20.
+  plain = distillation_loss(student, teacher, jnp.zeros(6), 0.1, 0.05)
+  shifted = distillation_loss(student + 3.0, teacher + shift, shift, 0.1, 0.05)
+  # Shifted logits, up to 4, round to 2e-7, which a temperature of 0.05 multiplies by 20.
   np.testing.assert_allclose(plain, shifted, rtol=1e-5)
 
 
@@ -219,11 +227,9 @@ def test_bfloat16_logits_are_taken_to_float32_first():
   for half, full in (
     (fn(student, teacher, jnp.zeros(6)), fn(float32(student), float32(teacher), jnp.zeros(6)))
     for fn in (
-      lambda s, t, c: losses.distillation_loss(s, t, c, 0.1, 0.05),
-      lambda s, t, c: losses.patch_distillation_loss(
-        s[:, :, None], t[:, :, None], c, 0.1, 0.05, mask
-      ),
-      lambda s, t, c: losses.updated_centre(c, t, 0.9),
+      lambda s, t, c: distillation_loss(s, t, c, 0.1, 0.05),
+      lambda s, t, c: patch_distillation_loss(s[:, :, None], t[:, :, None], c, 0.1, 0.05, mask),
+      lambda s, t, c: updated_centre(c, t, 0.9),
     )
   ):
     assert half.dtype == jnp.float32
@@ -232,15 +238,15 @@ def test_bfloat16_logits_are_taken_to_float32_first():
 
 def test_microbatches_give_the_centre_of_the_batch():
   teacher, centre = logits(0, 6, 2, 5), logits(1, 5)
-  parts = [losses.updated_centre(centre, part, 0.9) for part in np.split(teacher, 3)]
+  parts = [updated_centre(centre, part, 0.9) for part in np.split(teacher, 3)]
   # Two orders of summation of twelve numbers about 1.
   np.testing.assert_allclose(
-    np.mean(parts, axis=0), losses.updated_centre(centre, teacher, 0.9), rtol=1e-6, atol=1e-7
+    np.mean(parts, axis=0), updated_centre(centre, teacher, 0.9), rtol=1e-6, atol=1e-7
   )
 
 
 def test_centre_by_hand():
-  moved = losses.updated_centre(jnp.array([1.0, 0.0]), jnp.array([[[2.0, 4.0], [4.0, 8.0]]]), 0.75)
+  moved = updated_centre(jnp.array([1.0, 0.0]), jnp.array([[[2.0, 4.0], [4.0, 8.0]]]), 0.75)
   np.testing.assert_allclose(moved, [1.5, 1.5])
 
 
@@ -249,16 +255,16 @@ def test_centre_by_hand():
   [(1, 1, 'at least two student views'), (2, 3, 'the teacher has 3 views')],
 )
 def test_views_without_pairs_are_refused(views, teachers, words):
-  for loss in (losses.distillation_loss, losses.distillation_statistics):
+  for loss in (distillation_loss, distillation_statistics):
     with pytest.raises(ValueError, match=words):
       loss(jnp.zeros((2, views, 4)), jnp.zeros((2, teachers, 4)), jnp.zeros(4), 0.1, 0.05)
 
 
 def test_shapes_that_would_broadcast_are_refused():
   with pytest.raises(AssertionError):
-    losses.distillation_loss(jnp.zeros((2, 2, 4)), jnp.zeros((1, 2, 4)), jnp.zeros(4), 0.1, 0.05)
+    distillation_loss(jnp.zeros((2, 2, 4)), jnp.zeros((1, 2, 4)), jnp.zeros(4), 0.1, 0.05)
   with pytest.raises(AssertionError):
-    losses.distillation_loss(jnp.zeros((2, 2, 4)), jnp.zeros((2, 2, 4)), jnp.zeros(1), 0.1, 0.05)
+    distillation_loss(jnp.zeros((2, 2, 4)), jnp.zeros((2, 2, 4)), jnp.zeros(1), 0.1, 0.05)
   with pytest.raises(AssertionError):
     losses.reduce_frequency(jnp.zeros(3), jnp.ones(1), 'pooled')
 
@@ -289,7 +295,7 @@ def test_an_unknown_reduction_lists_the_known():
 
 
 def statistics(student, teacher):
-  values = losses.distillation_statistics(
+  values = distillation_statistics(
     jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32), jnp.zeros(4), 0.1, 0.05
   )
   return {name: float(value) for name, value in values.items()}
@@ -316,20 +322,19 @@ def test_statistics_of_the_two_collapses_and_of_health():
 
 
 def test_agreement_is_across_views_and_after_centring():
-  # Student says (0, 1) on its two views, the teacher (1, 2): of the pairs student 1 - teacher 2 and student 2 -
-  # teacher 1 the second agrees. Same-view pairs would give 0. Half the entropy: two equal outputs of four.
+  # The student says 0 and 1 of its two views, the teacher 1 and 2: of the pairs (student 1, teacher
+  # 2) and (student 2, teacher 1) the second agrees. Same-view pairs would give 0.
+  # Entropy of the mean: two equal outputs of four, half of ln 4.
   student, teacher = np.zeros((1, 2, 4)), np.zeros((1, 2, 4))
   student[0, 0, 0] = student[0, 1, 1] = teacher[0, 0, 1] = teacher[0, 1, 2] = 50.0
   values = statistics(student, teacher)
   assert values['agreement'] == pytest.approx(0.5)
   assert values['teacher_entropy_of_mean'] == pytest.approx(0.5, abs=1e-6)
   centre = jnp.array([0.0, 90.0, 0.0, 0.0])  # Takes the teacher's view 1 away from output 1.
-  moved = losses.distillation_statistics(student, teacher + centre / 3, centre, 0.1, 0.05)
+  moved = distillation_statistics(student, teacher + centre / 3, centre, 0.1, 0.05)
   assert moved['agreement'] == 0
 
 
 def test_the_entropy_of_one_output_is_refused():
   with pytest.raises(ValueError, match='at least two outputs'):
-    losses.distillation_statistics(
-      jnp.zeros((2, 2, 1)), jnp.zeros((2, 2, 1)), jnp.zeros(1), 0.1, 0.05
-    )
+    distillation_statistics(jnp.zeros((2, 2, 1)), jnp.zeros((2, 2, 1)), jnp.zeros(1), 0.1, 0.05)

@@ -100,8 +100,10 @@ with jax.set_mesh(mesh):
   placed = [jax.device_put(x, s) for x, s in zip(arrays, (rows, rows, rows, whole))]
   compiled = jax.jit(numbers).lower(*placed).compile()
   spread = compiled(*placed)
-collectives = sorted(set(re.findall(r'all-gather|all-to-all|collective-permute|all-reduce', compiled.as_text())))
-difference = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), alone, spread)
+pattern = r'all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce'
+collectives = sorted(set(re.findall(pattern, compiled.as_text())))
+gap = lambda a, b: float(abs(np.asarray(a) - np.asarray(b)).max())
+difference = jax.tree.map(gap, alone, spread)
 print(json.dumps([jax.device_count(), collectives, max(jax.tree.leaves(difference))]))
 """
 

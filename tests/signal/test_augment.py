@@ -26,6 +26,8 @@ EVERYTHING = Augmentation(
 LUMA = np.asarray([0.299, 0.587, 0.114])
 
 augmented = jax.jit(augment.augment, static_argnums=2)
+gaussian_blur = jax.jit(augment.gaussian_blur, static_argnums=2)
+jitter = jax.jit(augment.jitter)
 
 
 def random_image(batch, height, width, seed=0):
@@ -70,7 +72,7 @@ def test_every_order_of_the_jitter_equals_its_operations_one_by_one():
     Jitter.SATURATION: random.uniform(0.0, 2.0, len(orders)),
     Jitter.HUE: random.uniform(-0.5, 0.5, len(orders)),
   }
-  ours = augment.jitter(
+  ours = jitter(
     channels_first(image),
     jnp.asarray(orders),
     {operation: jnp.asarray(amount, jnp.float32) for operation, amount in amounts.items()},
@@ -96,7 +98,7 @@ def test_jitter_worked_by_hand():
     (Jitter.HUE, 1 / 3, [[0, 1, 0], [0, 0, 1]]),
     (Jitter.HUE, -1 / 6, [[1, 0, 1], [1, 1, 0]]),
   ]:
-    result = augment.jitter(
+    result = jitter(
       channels_first(image), jnp.zeros((1, 1), jnp.int32), {operation: jnp.asarray([amount])}
     )
     np.testing.assert_allclose(channels_last(result)[0, 0], expected, atol=1e-6)
@@ -124,7 +126,7 @@ def blur_twin(image_HWC, sigma, reach):
 def test_blur_equals_its_twin(height, width):
   image = random_image(3, height, width)
   sigma = np.asarray([0.1, 1.0, 2.0])
-  ours = augment.gaussian_blur(channels_first(image), jnp.asarray(sigma, jnp.float32), 6)
+  ours = gaussian_blur(channels_first(image), jnp.asarray(sigma, jnp.float32), 6)
   for i in range(3):
     expected = blur_twin(image[i].astype(np.float64), sigma[i], 6)
     np.testing.assert_allclose(channels_last(ours)[i], expected, atol=1e-6)
@@ -132,9 +134,9 @@ def test_blur_equals_its_twin(height, width):
 
 def test_blur_keeps_constants_and_the_mean_and_knows_sigma_zero():
   constant = jnp.full((1, 3, 8, 8), 0.7)
-  np.testing.assert_allclose(augment.gaussian_blur(constant, jnp.ones(1), 3), 0.7, atol=1e-6)
+  np.testing.assert_allclose(gaussian_blur(constant, jnp.ones(1), 3), 0.7, atol=1e-6)
   image = channels_first(random_image(2, 32, 32))
-  blurred = augment.gaussian_blur(image, jnp.asarray([0.0, 2.0]), 6)
+  blurred = gaussian_blur(image, jnp.asarray([0.0, 2.0]), 6)
   np.testing.assert_array_equal(blurred[0], image[0])
   # Reflection gives the pixels near the border another weight; the rest of the mean is exact.
   np.testing.assert_allclose(blurred[1].mean(), image[1].mean(), atol=5e-3)
@@ -143,7 +145,7 @@ def test_blur_keeps_constants_and_the_mean_and_knows_sigma_zero():
 
 def test_an_impulse_becomes_the_gaussian():
   impulse = jnp.zeros((1, 3, 15, 15)).at[:, :, 7, 7].set(1)
-  row = np.asarray(augment.gaussian_blur(impulse, jnp.ones(1), 3))[0, 0, 7]
+  row = np.asarray(gaussian_blur(impulse, jnp.ones(1), 3))[0, 0, 7]
   tail = np.exp(-np.asarray([0.5, 2.0, 4.5]))
   centre = 1 / (1 + 2 * tail.sum())  # 0.3990...
   np.testing.assert_allclose(row[7], centre**2, rtol=1e-5)

@@ -1,7 +1,8 @@
 """Lets torchvision import beside a CPU build of torch.
 
-torchvision's wheel registers fake kernels for two operators that only its compiled part, built for CUDA, defines; without them
-`import torchvision`, and so `import timm`, dies with "operator torchvision::nms does not exist". The tests call neither.
+torchvision's wheel registers fake kernels for two operators that only its compiled part, built for
+CUDA, defines; without them `import torchvision`, and so `import timm`, dies with "operator
+torchvision::nms does not exist". The tests call neither.
 """
 
 _SCHEMAS = (
@@ -12,7 +13,7 @@ _libraries = []  # torch forgets the schemas when the Library object goes
 
 
 def define() -> None:
-  """Defines the schemas once, where torch is installed and torchvision cannot be imported without them."""
+  """Defines the schemas once, where torch is installed and torchvision needs them."""
   if _libraries:
     return
   try:
