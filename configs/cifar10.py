@@ -22,24 +22,28 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if given.smoke:
     return c
 
-  # Three passes over the 50,000 images: what two cores do in a quarter of an hour.
+  # Two passes over the 50,000 images: ten minutes on two cores.
   c.batch_size = 64
   c.image_size = 32
-  c.epochs, c.total_steps = 0, 2000
+  c.epochs, c.total_steps = 0, 1500
   c.model.update({'width': 96, 'depth': 3, 'heads': 3, 'patch': 4, 'drop_path': 0.0})
-  c.projection.update({'hidden': 256, 'bottleneck': 64, 'outputs': 1024})
+  c.projection.update({'hidden': 256, 'bottleneck': 64, 'outputs': 256})
 
-  # Thousands of steps instead of 375,000: larger steps, a teacher that follows within a hundred.
+  # Thousands of steps instead of 375,000: larger steps, a teacher that follows within a hundred. It stays sharp: with
+  # iBOT's 0.07 and colour jitter it was close to uniform from step 100 on (entropy / ln K 0.97).
   c.optimizer.learning_rate = 6e-3  # For 256 images: 1.5e-3 here.
-  c.optimizer.warmup_epochs = 0.2
+  c.optimizer.warmup_epochs = 0.1
   c.optimizer.freeze_last_layer_epochs = 0.1
   c.optimizer.final_weight_decay = 0.04
-  c.objective.teacher_temperature_epochs = 1.0
-  c.teacher.momentum = 0.99
+  c.objective.teacher_temperature = 0.04
+  c.objective.teacher_temperature_epochs = 0.0
+  c.teacher.momentum = 0.98
 
   # At 32 pixels a blur leaves nothing to rebuild, and a crop of a seventh of the area little to recognise.
   for view in (c.views.view_1, c.views.view_2):
-    view.update({'scale': (0.25, 1.0), 'blur_probability': 0.0, 'solarise_probability': 0.0})
+    view.update({'scale': (0.35, 1.0), 'blur_probability': 0.0, 'solarise_probability': 0.0})
+    view.update({'brightness': 0.2, 'contrast': 0.2, 'saturation': 0.1, 'hue': 0.02})
+    view.grayscale_probability = 0.0
 
   c.data.update({'workers': 0, 'threads': 2, 'prefetch': 4, 'test_resize': 32})
   c.evaluation.update({'batch_size': 500})

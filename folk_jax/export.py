@@ -1,7 +1,8 @@
 """The command that hands a run's backbone to PyTorch: `python -m folk_jax.export --workdir=DIR`.
 
-Writes timm's names as `.safetensors` (or big_vision's layout as `.npz`), and a JSON beside it that names the timm
-model, its arguments and the preprocessing. It needs neither the devices nor the data of the training run.
+Writes timm's names as `.safetensors` (or big_vision's layout as `.npz`), and a JSON beside it that
+names the timm model, its arguments and the preprocessing. It needs neither the devices nor the data
+of the training run.
 """
 
 import json
@@ -21,14 +22,25 @@ from folk_jax.interop import timm as timm_lib
 from folk_jax.signal.augment import normalise
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The run to export.')
-_STEP = flags.DEFINE_integer('step', None, 'Which checkpoint; the newest by default.', lower_bound=0)
+_STEP = flags.DEFINE_integer(
+  'step', None, 'The checkpoint to read; the newest by default.', lower_bound=0
+)
 _WHICH = flags.DEFINE_enum('which', 'teacher', ['teacher', 'student'], 'Whose backbone.')
 _FORMAT = flags.DEFINE_enum(
-  'format', 'timm', ['timm', 'npz'], "timm: .safetensors with timm's names; npz: big_vision's layout."
+  'format',
+  'timm',
+  ['timm', 'npz'],
+  "timm: .safetensors with timm's names; npz: big_vision's layout.",
 )
-_OUT = flags.DEFINE_string('out', None, 'The file; by default WORKDIR/export/<which>_<step>.<format>.')
+_OUT = flags.DEFINE_string(
+  'out',
+  None,
+  'The file, ending in .safetensors (timm) or .npz; by default WORKDIR/export/<which>_<step>.',
+)
 _VERIFY = flags.DEFINE_bool(
-  'verify', False, "Compare features with timm's own forward on random images (needs torch and timm)."
+  'verify',
+  False,
+  "Compare features with timm's own forward on random images (needs torch and timm).",
 )
 flags.mark_flag_as_required('workdir')
 
@@ -42,7 +54,12 @@ def main(argv: Sequence[str]) -> None:
   """Exports what the flags name and says where it went."""
   del argv
   out = export(
-    _WORKDIR.value, step=_STEP.value, which=_WHICH.value, kind=_FORMAT.value, out=_OUT.value, verify=_VERIFY.value
+    _WORKDIR.value,
+    step=_STEP.value,
+    which=_WHICH.value,
+    kind=_FORMAT.value,
+    out=_OUT.value,
+    verify=_VERIFY.value,
   )
   print(f'wrote {out} and {_beside(out)}')
 
@@ -63,15 +80,21 @@ def export(
     step: which checkpoint; the newest by default.
     which: 'teacher' or 'student'.
     kind: 'timm' or 'npz'.
-    out: the file to write; by default `<workdir>/export/<which>_<step>` with the format's ending.
-    verify: whether to compare features with timm's own forward first; nothing is written if they differ.
+    out: the file to write, with the format's ending, `.safetensors` or `.npz`; by default
+      `<workdir>/export/<which>_<step>` with it.
+    verify: whether to compare features with timm's own forward first; nothing is written if they
+      differ.
 
   Returns:
     The file's path. The description lies beside it, with the ending `.json`.
 
   Raises:
-    UserError: no such run or step, no teacher, a path that can't be written, or features that differ.
+    UserError: no such run or step, no teacher, a path that can't be written or has another format's
+      ending, or features that differ.
   """
+  if out is not None and not out.endswith(_ENDINGS[kind]):
+    # timm, numpy and load_timm_file go by the ending.
+    raise UserError(f'--out={out}: the name of --format={kind} must end in {_ENDINGS[kind]}')
   config = read_config(workdir)
   if which == 'teacher' and not config['teacher']['enabled']:
     raise UserError(f'{workdir} was trained without a teacher: export --which=student')
@@ -95,7 +118,9 @@ def read_config(workdir: str) -> dict[str, Any]:
   try:
     return json.loads(file.read_text())
   except OSError as error:
-    raise UserError(f'{workdir} holds no run: there is no {file}; give the --workdir of a run') from error
+    raise UserError(
+      f'{workdir} holds no run: there is no {file}; give the --workdir of a run'
+    ) from error
   except json.JSONDecodeError as error:
     raise UserError(f'{file} is damaged: {error}') from error
 
@@ -105,7 +130,9 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
   model, data = config['model'], config['data']
   fields = {name: model[name] for name in ('width', 'depth', 'heads', 'patch', 'mlp_ratio')}
   size = config['image_size']
-  timm_model = timm_lib.timm_model(image_size=size, layer_scale=model['layer_scale'] or None, **fields)
+  timm_model = timm_lib.timm_model(
+    image_size=size, layer_scale=model['layer_scale'] or None, **fields
+  )
   short_side = data['test_resize'] or int(size * 256 / 224)
   return timm_model | {
     'preprocessing': {
@@ -120,9 +147,13 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verify_with_timm(
-  config: Mapping[str, Any], backbone: Mapping[str, Any], state: Mapping[str, np.ndarray], about: Mapping[str, Any]
+  config: Mapping[str, Any],
+  backbone: Mapping[str, Any],
+  state: Mapping[str, np.ndarray],
+  about: Mapping[str, Any],
 ) -> float:
-  """The largest absolute difference between our features and timm's, class token and patch tokens, in float32.
+  """The largest absolute difference between our features and timm's, class token and patch tokens,
+  in float32.
 
   Raises:
     UserError: torch or timm can't be imported, or the difference is above `VERIFY_TOLERANCE`.
@@ -132,23 +163,31 @@ def verify_with_timm(
     import torch
   except (ImportError, RuntimeError) as error:
     raise UserError(
-      f'--verify needs torch and timm ({error}): pip install torch torchvision timm on one line, or leave it out'
+      f'--verify needs torch and timm ({error}): install both in one command, pip install torch'
+      ' torchvision timm (for CPUs, see pytorch.org first), or leave --verify out'
     ) from error
   import jax
 
   size, data = config['image_size'], config['data']
   image_NHWC = np.random.default_rng(0).random((4, size, size, 3), np.float32)
   image_NHWC = np.asarray(normalise(image_NHWC, tuple(data['mean']), tuple(data['std'])))
-  fields = dict(config['model']) | {'dtype': 'float32', 'layer_scale': config['model']['layer_scale'] or None}
+  fields = dict(config['model']) | {
+    'dtype': 'float32',
+    'layer_scale': config['model']['layer_scale'] or None,
+  }
   module = models.make_backbone(fields.pop('name'), size, **fields)
   with jax.default_matmul_precision('highest'):
     output = module.apply({'params': backbone}, image_NHWC)
-  ours = np.concatenate([output.pooled[:, None], output.patches.reshape(4, -1, output.pooled.shape[-1])], axis=1)
+  ours = np.concatenate(
+    [output.pooled[:, None], output.patches.reshape(4, -1, output.pooled.shape[-1])], axis=1
+  )
 
   model = timm.create_model(about['model'], **about['args']).eval()
   model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})
   with torch.no_grad():
-    theirs = model.forward_features(torch.from_numpy(image_NHWC.transpose(0, 3, 1, 2).copy())).numpy()
+    theirs = model.forward_features(
+      torch.from_numpy(image_NHWC.transpose(0, 3, 1, 2).copy())
+    ).numpy()
   difference = float(np.abs(ours - theirs).max())
   if not difference <= VERIFY_TOLERANCE:
     raise UserError(
@@ -159,7 +198,7 @@ def verify_with_timm(
 
 
 def _write(out: str, kind: str, state: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-  """Writes weights and description so that a file under its name is whole."""
+  """Writes weights and description under other names first: what has its name is whole."""
   path = epath.Path(out).expanduser()
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

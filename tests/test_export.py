@@ -1,6 +1,9 @@
-"""The export command on a real checkpoint: what it writes, what it refuses, and that timm agrees."""
+"""The export command on a real checkpoint: what it writes, what it refuses, and that timm
+agrees."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -20,8 +23,7 @@ def workdir(tmp_path_factory):
   recipe = config.load_recipe('configs/vit_b.py', 'smoke')
   (path / 'config.json').write_text(config.to_json(recipe))
   state = jax.jit(make_run(recipe, images=64).new_state)(jax.random.key(0), {})
-  noise = lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape)
-  state = state.replace(params=jax.tree.map(noise, state.params))
+  state = state.replace(params=jax.tree.map(lambda leaf: leaf + 0.1, state.params))
   with checkpoint.Checkpoints(str(path / 'checkpoints'), every=1, keep=1) as checkpoints:
     checkpoints.save(3, state, {}, force=True)
   return path, state
@@ -66,6 +68,8 @@ def test_refusals(workdir, tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='cannot write'):
     export.export(path, out=str(tmp_path / 'file' / 'w.safetensors'))
+  with pytest.raises(UserError, match=r'must end in \.npz'):
+    export.export(path, kind='npz', out=str(tmp_path / 'w.safetensors'))
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(UserError, match='damaged'):
     export.export(str(tmp_path))
@@ -74,6 +78,38 @@ def test_refusals(workdir, tmp_path):
   (tmp_path / 'config.json').write_text(config.to_json(without))
   with pytest.raises(UserError, match='--which=student'):
     export.export(str(tmp_path))
+
+
+def test_verify_without_torch_says_how_to_install_it(workdir, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'timm', None)  # what an import finds where timm is absent
+  with pytest.raises(UserError, match='pip install torch torchvision timm'):
+    export.export(str(workdir[0]), verify=True, out=str(tmp_path / 'w.safetensors'))
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_command_exits_with_2_and_one_line(tmp_path):
+  done = subprocess.run(
+    [sys.executable, '-m', 'folk_jax.export', f'--workdir={tmp_path}'],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert done.stderr.count('\n') == 1 and 'holds no run' in done.stderr
+
+
+@pytest.mark.parity
+def test_the_lines_of_the_readme_load_it(workdir, tmp_path):
+  import timm
+
+  out = export.export(str(workdir[0]), out=str(tmp_path / 'w.safetensors'))
+  about = json.loads((tmp_path / 'w.json').read_text())
+  model = timm.create_model(about['model'], checkpoint_path=out, **about['args'])
+  loaded = {name: value.numpy() for name, value in model.state_dict().items()}
+  expected = safetensors.numpy.load_file(out)
+  assert loaded.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(loaded[name], value)
 
 
 @pytest.mark.parity

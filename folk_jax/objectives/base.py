@@ -8,9 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import flax
-import flax.linen as nn
 import jax
+from flax import struct
 
 from folk_jax.signal.augment import Augmentation
 
@@ -18,7 +17,7 @@ Params = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class LossOutput:
   """What one evaluation of an objective returns.
 
@@ -74,7 +73,7 @@ class Parts:
     dtype: compute type of heads, 'float32' or 'bfloat16'.
   """
 
-  backbone: nn.Module
+  backbone: Any
   image_size: int
   patch: int
   projection: Mapping[str, Any]

@@ -34,7 +34,7 @@ def _head(numbers, case, last='last_layer'):
 
 
 @pytest.mark.parametrize('case', ['dino_head.nl1', 'dino_head.nl0'])
-def test_golden_dino_head(numbers, case):
+def test_golden_dino_head(golden, case):
   numbers = golden('heads')
   head, params = _head(numbers, case)
   x = numbers[f'{case}.x']
@@ -70,7 +70,7 @@ def test_golden_dino_head(numbers, case):
   'case, patch_layer',
   [('ibot_head.nl1.shared1', 'last_layer'), ('ibot_head.nl0.shared0', 'last_layer2')],
 )
-def test_golden_ibot_head(numbers, case, patch_layer):
+def test_golden_ibot_head(golden, case, patch_layer):
   """iBOT's head of class and patch tokens is DINO's head on each token."""
   numbers = golden('heads')
   x = numbers[f'{case}.x']
@@ -100,7 +100,7 @@ def test_golden_ibot_gradient(golden):
 def test_logits_are_cosines_whatever_the_kernel_scale():
   head = models.ProjectionHead(hidden=16, bottleneck=8, outputs=12, layers=2)
   x = jax.random.normal(jax.random.key(0), (3, 5, 10))
-  params = head.init(jax.random.key(1), x)['params']
+  params = jax.jit(head.init)(jax.random.key(1), x)['params']
   logits = head.apply({'params': params}, x)
   assert logits.shape == (3, 5, 12) and jnp.max(jnp.abs(logits)) <= 1.0 + 1e-6
   params['last_layer']['kernel'] *= 7.0
@@ -110,8 +110,8 @@ def test_logits_are_cosines_whatever_the_kernel_scale():
 def test_zero_features_have_finite_gradients():
   head = models.ProjectionHead(hidden=16, bottleneck=8, outputs=12)
   x = jnp.zeros((2, 10))  # with zero biases the bottleneck is exactly zero
-  params = head.init(jax.random.key(1), x)['params']
-  gradients = jax.grad(lambda p: jnp.sum(head.apply({'params': p}, x)))(params)
+  params = jax.jit(head.init)(jax.random.key(1), x)['params']
+  gradients = jax.jit(jax.grad(lambda p: jnp.sum(head.apply({'params': p}, x))))(params)
   assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradients))
 
 
@@ -124,9 +124,9 @@ def test_bfloat16_heads_return_float32():
     ),
     (models.ReconstructionHead(2), models.ReconstructionHead(2, dtype='bfloat16')),
   ):
-    params = exact.init(jax.random.key(1), x)
+    params = jax.jit(exact.init)(jax.random.key(1), x)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
-    expected, actual = exact.apply(params, x), rough.apply(params, x)
+    expected, actual = jax.jit(exact.apply)(params, x), jax.jit(rough.apply)(params, x)
     assert actual.dtype == jnp.float32
     # Values up to 1 after at most four bfloat16 roundings of 2^-9 each, amplified a little by the
     # normalisation.

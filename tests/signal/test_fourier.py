@@ -209,7 +209,7 @@ def test_each_image_has_its_own_filter_and_k():
   together = filter_images(image, k, com)
   for i in range(4):
     alone = filter_images(image[i : i + 1], k[i : i + 1], com[i : i + 1])
-    np.testing.assert_array_equal(together.kept_BHFC[i : i + 1], alone.kept_BHFC)
+    np.testing.assert_array_equal(together.kept_BHFC[i], alone.kept_BHFC[0])
     np.testing.assert_allclose(together.image_BHWC[i : i + 1], alone.image_BHWC, atol=1e-6)
 
 
@@ -330,10 +330,8 @@ def naive_distance(prediction, target, masked_BHWC, gamma):
 def test_distance_and_gradients_equal_a_naive_twin(height, width, channels, gamma):
   prediction, target = (random_image(height, width, seed=seed) for seed in (1, 2))
   k = jnp.full(2, max(1, height * width // 4))
-  magnitude = ranking_magnitude(
-    half_spectrum(target), width, 'shared' if channels == 1 else 'per_channel'
-  )
-  masked = top_mask(magnitude, k, width)
+  ranking = 'shared' if channels == 1 else 'per_channel'
+  masked = top_mask(ranking_magnitude(half_spectrum(target), width, ranking), k, width)
   weight_B = jnp.asarray([0.3, -2.0])
 
   def ours(prediction, target):
@@ -377,31 +375,25 @@ def test_gradient_equals_a_difference_quotient_in_float64():
 def test_distance_of_equal_images_has_finite_gradients():
   image, masked = random_image(6, 6), np.ones((2, 6, 4, 1), bool)
   for gamma in (0.5, 1.0, 2.0):
-    gradient = jax.grad(
-      lambda x, gamma=gamma: frequency_distance(x, image, masked, gamma)[0].sum()
-    )(image)
+    gradient = jax.grad(pooled_loss)(image, image, masked, gamma)
     np.testing.assert_array_equal(gradient, 0)
 
 
 def test_an_empty_mask_gives_nothing():
   image = random_image(6, 6)
-  total, count = frequency_distance(image, 0 * image, np.zeros((2, 6, 4, 1), bool))
-  np.testing.assert_array_equal(total, 0)
-  np.testing.assert_array_equal(count, 0)
+  result = frequency_distance(image, 0 * image, np.zeros((2, 6, 4, 1), bool))
+  np.testing.assert_array_equal(result, np.zeros((2, 2)))
 
 
-@pytest.mark.parametrize('gamma', [0, -1])
-def test_a_gamma_that_is_not_positive_is_refused(gamma):
+def test_a_gamma_that_is_not_positive_is_refused():
   image = random_image(4, 4)
-  with pytest.raises(UserError, match='above 0'):
-    frequency_distance(image, image, np.ones((2, 4, 3, 1), bool), gamma)
+  for gamma in (0, -1, math.nan):
+    with pytest.raises(UserError, match='above 0'):
+      frequency_distance(image, image, np.ones((2, 4, 3, 1), bool), gamma)
 
 
 def test_backward_is_one_real_inverse_transform():
   image, masked = random_image(6, 6), np.ones((2, 6, 4, 1), bool)
   step = jax.value_and_grad(pooled_loss)
-  jaxpr = jax.make_jaxpr(step, static_argnums=3)(image, 0 * image, masked, 1.0)
-  assert re.findall(r'fft_type=\S*?(\w+)$', str(jaxpr), re.MULTILINE) == ['RFFT', 'IRFFT']
   compiled = jax.jit(step, static_argnums=3).lower(image, 0 * image, masked, 1.0).compile()
-  assert 'fft_type=FFT' not in compiled.as_text()
-  assert 'fft_type=IFFT' not in compiled.as_text()
+  assert sorted(re.findall(r'fft_type=(\w+)', compiled.as_text())) == ['IRFFT', 'RFFT']
