@@ -191,8 +191,8 @@ def verify_with_timm(
   difference = float(np.abs(ours - theirs).max())
   if not difference <= VERIFY_TOLERANCE:
     raise UserError(
-      f"features differ from timm's by {difference:.2e}, more than {VERIFY_TOLERANCE:g}: nothing was written; "
-      'please report it with the config.json of the run'
+      f"features differ from timm's by {difference:.2e}, more than {VERIFY_TOLERANCE:g}:"
+      ' nothing was written; please report it with the config.json of the run'
     )
   return difference
 

@@ -25,7 +25,9 @@ def make_config(accumulate: int):
   c.projection.update({'hidden': 32, 'bottleneck': 16, 'outputs': 24})
   c.objective.patch_weight = 0.5
   # Adam's first moment is then a tenth of the gradient, for every parameter.
-  c.optimizer.update({'clip': 0.0, 'freeze_last_layer_epochs': 0.0})
+  c.optimizer.update({'clip': 0.0, 'freeze_last_layer_epochs': 0.0, 'warmup_epochs': 0.0})
+  for view in (c.views.view_1, c.views.view_2):
+    view.blur_sigma = (0.1, 0.5)  # five taps instead of thirteen to compile
   return c
 
 
@@ -91,7 +93,7 @@ def collectives(hlo: str):
   return moved, all_reduces
 
 
-def one_step(devices: int, fsdp: int, accumulate: int):
+def one_step(state, devices: int, fsdp: int, accumulate: int):
   made = run.make_run(make_config(accumulate), 256)
   mesh = jax.make_mesh(
     (devices // fsdp, fsdp),
@@ -99,7 +101,6 @@ def one_step(devices: int, fsdp: int, accumulate: int):
     axis_types=(jax.sharding.AxisType.Auto,) * 2,
     devices=jax.devices()[:devices],
   )
-  state = make_state(made)
   with jax.set_mesh(mesh):
     shardings = sharding.state_shardings(state, mesh)
     state, batch = jax.device_put(state, shardings), sharding.put_batch(make_batch(), mesh)
@@ -117,18 +118,17 @@ def one_step(devices: int, fsdp: int, accumulate: int):
 
 def main():
   results = {'pixels_per_device': BATCH * 2 * SIZE**2 * 3 // 8}
-  results['1 device'], reference = one_step(1, 1, 1)
+  start = make_state(run.make_run(make_config(1), 256))
+  results['1 device'], reference = one_step(start, 1, 1, 1)
   expected, keys = gradient_of(reference)
   results['1 device']['key_bias_share'] = max(
     float(np.abs(key).max() / np.abs(expected[f'{name}/value']).max()) for name, key in keys.items()
   )
   for name, layout in {
     '8 devices': (8, 1, 1),
-    '8 devices, fsdp 2': (8, 2, 1),
     '8 devices, fsdp 4, accumulate 2': (8, 4, 2),
-    '1 device, accumulate 2': (1, 1, 2),
   }.items():
-    results[name], state = one_step(*layout)
+    results[name], state = one_step(start, *layout)
     found, _ = gradient_of(state)
     results[name] |= {
       'gradient_errors': {key: error(found[key], expected[key]) for key in expected},

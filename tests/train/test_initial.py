@@ -1,0 +1,142 @@
+"""Starting from other weights: which trees are taken, resampled, left fresh, and refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from folk_jax import checkpoint, models
+from folk_jax import config as config_lib
+from folk_jax.errors import UserError
+from folk_jax.interop import timm
+from folk_jax.train import initial, run
+from folk_jax.train import state as state_lib
+
+
+def make_config(**changes):
+  config = config_lib.load_recipe('configs/vit_b.py', 'smoke')
+  config.update_from_flattened_dict(
+    {'image_size': 16, 'model.width': 24, 'model.heads': 2} | changes
+  )
+  return config
+
+
+def abstract_state(config):
+  return jax.eval_shape(run.make_run(config, 256).new_state, jax.random.key(0), {})
+
+
+def load(path, **changes):
+  config = make_config(**changes)
+  params = abstract_state(config).params
+  loaded = initial.load(str(path), params, image_size=config.image_size, patch=config.model.patch)
+  for name, tree in loaded.items():
+    shapes = jax.tree.map(lambda leaf: leaf.shape, params[name])
+    assert jax.tree.map(lambda leaf: leaf.shape, tree) == shapes
+  return loaded
+
+
+def save(path, **changes):
+  """A workdir with one checkpoint of random weights, teacher and student apart; gives the state."""
+  config = make_config(**changes)
+  rng = np.random.default_rng(0)
+  state = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), abstract_state(config)
+  )
+  path.mkdir()
+  (path / 'config.json').write_text(config_lib.to_json(config))
+  with checkpoint.Checkpoints(str(path / 'checkpoints'), every=1, keep=1) as checkpoints:
+    checkpoints.save(3, state, {}, force=True)
+  return state
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp('initial') / 'run'
+  return path, save(path)
+
+
+def assert_equal(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_workdir_gives_its_teacher_and_the_heads_that_only_the_student_has(workdir):
+  path, state = workdir
+  loaded = load(path)
+  teacher = state_lib.teacher_of(state)
+  assert set(loaded) == {'backbone', 'projection', 'reconstruction'}
+  assert_equal(loaded['backbone'], teacher['backbone'])
+  assert_equal(loaded['projection'], teacher['projection'])
+  assert_equal(loaded['reconstruction'], state.params['reconstruction'])
+
+
+def test_a_run_without_a_teacher_gives_its_student(tmp_path):
+  state = save(
+    tmp_path / 'run', **{'teacher.enabled': False, 'objective.distillation_weight': 0.0}
+  )
+  loaded = load(tmp_path / 'run')
+  assert_equal(loaded['backbone'], state.params['backbone'])
+  assert_equal(loaded['reconstruction'], state.params['reconstruction'])
+  assert 'projection' not in loaded  # starts fresh
+
+
+def test_positions_are_resampled_to_another_image_size(workdir):
+  path, state = workdir
+  backbone = load(path, image_size=32)['backbone']
+  saved = state_lib.teacher_of(state)['backbone']
+  resampled = models.resample_position_embedding(saved['pos_embed'], (2, 2), (4, 4))
+  np.testing.assert_array_equal(backbone['pos_embed'], resampled)
+  assert_equal(backbone['blocks'], saved['blocks'])
+  assert_equal(backbone['patch_embed'], saved['patch_embed'])
+
+
+def test_heads_of_other_shapes_start_fresh(workdir):
+  path, state = workdir
+  loaded = load(path, **{'projection.outputs': 64})
+  assert set(loaded) == {'backbone', 'reconstruction'}
+
+
+@pytest.mark.parametrize('image_size', [16, 24])
+def test_a_timm_file_gives_the_backbone(workdir, tmp_path, image_size):
+  saved = workdir[1].params['backbone']
+  names = timm.to_timm(saved) | {'head.weight': np.zeros((10, 24), np.float32)}
+  safetensors.numpy.save_file(names, tmp_path / 'vit.safetensors')
+  loaded = load(tmp_path / 'vit.safetensors', image_size=image_size)
+  side = image_size // 8
+  assert set(loaded) == {'backbone'}
+  expected = saved | {
+    'pos_embed': models.resample_position_embedding(saved['pos_embed'], (2, 2), (side, side))
+  }
+  assert_equal(loaded['backbone'], expected)
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'model.depth': 3}, 'blocks.2.norm1.weight'),
+    ({'model.depth': 1}, 'blocks.1.norm1.weight'),
+    ({'model.width': 48}, 'cls_token (file [1, 1, 24], model [1, 1, 48])'),
+    ({'model.layer_scale': 0.1}, 'blocks.0.ls1.gamma'),
+  ],
+)
+def test_another_architecture_is_refused_by_name(workdir, changes, words):
+  with pytest.raises(UserError) as refused:
+    load(workdir[0], **changes)
+  assert words in str(refused.value) and '\n' not in str(refused.value)
+
+
+def test_paths_that_hold_no_weights_are_refused(tmp_path, workdir):
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'begun').mkdir()
+  (tmp_path / 'begun' / 'config.json').write_text((workdir[0] / 'config.json').read_text())
+  (tmp_path / 'cut.safetensors').write_bytes(b'\x10')
+  for name, words in {
+    'nowhere': "nowhere' does not exist: give a workdir, or a timm .safetensors",
+    'empty': 'is no workdir (it has no config.json)',
+    'begun': 'no checkpoint in ',
+    'cut.safetensors': 'cut.safetensors: damaged',
+  }.items():
+    with pytest.raises(UserError) as refused:
+      load(tmp_path / name)
+    assert words in str(refused.value)
