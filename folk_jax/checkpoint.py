@@ -81,8 +81,8 @@ class Checkpoints:
       preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
       cleanup_tmp_directories=True,
       enable_async_checkpointing=asynchronous,
-      # Made in the background, a folder that cannot be made leaves threads that wait for it, and with
-      # them the process at its end, for twenty minutes.
+      # Made in the background, a folder that cannot be made leaves threads that wait for it, and
+      # the process cannot end until they time out, minutes later.
       async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     try:

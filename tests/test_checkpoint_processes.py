@@ -82,10 +82,11 @@ def test_kill_in_mid_save_leaves_whole_steps_only(tmp_path):
     state, meta = checkpoints.restore(here(large_state(0)))
     assert meta['saved_at'] == step
     assert_same(state, large_state(step))
-    assert checkpoints.save(step + 1, large_state(step + 1), {'saved_at': step + 1})
+    # Another step than the one that was cut short, which would take its leftovers' place.
+    assert checkpoints.save(step + 2, large_state(step + 2), {'saved_at': step + 2})
     checkpoints.wait()
-    assert_same(checkpoints.restore(here(large_state(0)))[0], large_state(step + 1))
-  assert partial_steps(tmp_path) == []
+    assert partial_steps(tmp_path) == []
+    assert_same(checkpoints.restore(here(large_state(0)))[0], large_state(step + 2))
 
 
 def large_state(step: int) -> dict[str, jax.Array]:
@@ -150,6 +151,32 @@ def no_space(directory: str) -> None:
   print('failed as expected')
 
 
+def test_a_damaged_checkpoint_prints_nothing_of_its_own(tmp_path):
+  # Only a process of its own shows what event loops and collectors print, at its end at the latest.
+  process = subprocess.run(
+    [sys.executable, __file__, 'read_damaged', str(tmp_path)],
+    env={**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parents[1])},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert (process.returncode, process.stdout, process.stderr) == (0, 'refused\n', '')
+
+
+def read_damaged(directory: str) -> None:
+  state = make_state()
+  with checkpoint.Checkpoints(directory, every=1, keep=1) as checkpoints:
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    for file in (pathlib.Path(directory) / '1' / 'state' / 'd').iterdir():
+      file.unlink()
+    for _ in range(3):
+      with pytest.raises(UserError, match='step 1 in .* cannot be read'):
+        checkpoints.restore(here(state))
+  print('refused')
+
+
 def test_eight_devices_resume_on_four_and_on_one(tmp_path, run_with_devices):
   run_with_devices(pathlib.Path(__file__), 'eight_devices', str(tmp_path), devices=8)
   # This process has one device, of another machine as far as the checkpoint can tell.
@@ -209,5 +236,5 @@ def one_of_two(directory: str, port: str, index: str) -> None:
 
 
 if __name__ == '__main__':
-  commands = (save_for_ever, no_folder, no_space, eight_devices, one_of_two)
+  commands = (save_for_ever, no_folder, no_space, read_damaged, eight_devices, one_of_two)
   {command.__name__: command for command in commands}[sys.argv[1]](*sys.argv[2:])
