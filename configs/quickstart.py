@@ -36,7 +36,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   # At 32 pixels a blur leaves nothing to rebuild; and photographs differ by their colours first.
   for view in (c.views.view_1, c.views.view_2):
-    view.update({'blur_probability': 0.0, 'solarise_probability': 0.0, 'grayscale_probability': 0.0})
+    view.update(
+      {'blur_probability': 0.0, 'solarise_probability': 0.0, 'grayscale_probability': 0.0}
+    )
     view.update({'brightness': 0.2, 'contrast': 0.2, 'saturation': 0.1, 'hue': 0.02})
 
   c.data.update({'workers': 0, 'threads': 2, 'prefetch': 4, 'test_resize': 36})

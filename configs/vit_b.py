@@ -18,7 +18,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
 
   c.task = 'pretrain'
-  c.init_from = ''  # A workdir, or a timm .safetensors: starts from these weights, at any image size.
+  c.init_from = (
+    ''  # A workdir, or a timm .safetensors: starts from these weights, at any image size.
+  )
   c.seed = 0
   c.batch_size = 1024  # Global, in images (a pair of views is one image), accumulation included.
   c.accumulate = 1  # Microbatches a step.
@@ -28,7 +30,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   c.objective = ml_collections.ConfigDict()
   c.objective.name = 'folk'
-  c.objective.portions = (0.005, 0.01, 0.05)  # [P] Share of the H*W coefficients, by rank of magnitude.
+  c.objective.portions = (
+    0.005,
+    0.01,
+    0.05,
+  )  # [P] Share of the H*W coefficients, by rank of magnitude.
   c.objective.com_probability = 0.5  # [D] Com (keeps the strongest) against RCom (removes them).
   c.objective.ranking = 'shared'  # [D] One mask for the channels; or 'per_channel'.
   c.objective.clamp = False  # [D] A clamp to [0, 1] zeroes half of RCom's pixels.
@@ -53,7 +59,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.model.drop_path = 0.1  # Student only; linear over depth.
   c.model.layer_scale = 0.0  # 0: none.
   c.model.remat = 'none'  # Or 'block': recompute each block in the backward pass.
-  c.model.dtype = 'auto'  # Compute type: bfloat16 on TPU and GPU, float32 on CPU. Parameters, spectra, norms and
+  c.model.dtype = (
+    'auto'  # Compute type: bfloat16 on TPU and GPU, float32 on CPU. Parameters, spectra, norms and
+  )
   # softmaxes are float32 whatever it is.
 
   c.projection = ml_collections.ConfigDict()  # DINO's head, student and teacher.
@@ -123,7 +131,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.evaluation.which = 'teacher'  # Or 'student'.
   c.evaluation.batch_size = 512
   c.evaluation.knn = (10, 20, 100, 200)  # Neighbours; () for no kNN.
-  c.evaluation.knn_headline = 20  # The k reported as eval/knn_top1: fixed beforehand, never chosen by test data.
+  c.evaluation.knn_headline = (
+    20  # The k reported as eval/knn_top1: fixed beforehand, never chosen by test data.
+  )
   c.evaluation.knn_temperature = 0.07
   c.evaluation.reconstruction_images = 2048  # Held-out images for eval/reconstruction.
   c.evaluation.at_start = True

@@ -1,6 +1,6 @@
 """FOLK with ViT-L/16 on ImageNet-1K. Every knob stands in vit_b.py; here is what differs.
 
-  python -m folk_jax.main --config=configs/vit_l.py --workdir=runs/vit_l
+python -m folk_jax.main --config=configs/vit_l.py --workdir=runs/vit_l
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """FOLK with ViT-S/16 on ImageNet-1K. Every knob stands in vit_b.py; here is what differs.
 
-  python -m folk_jax.main --config=configs/vit_s.py --workdir=runs/vit_s
+python -m folk_jax.main --config=configs/vit_s.py --workdir=runs/vit_s
 """
 
 import ml_collections

@@ -77,7 +77,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
       raise unknown('recipe argument', name, defaults)
     kind = type(defaults[name])
     if not equals and kind is not bool:
-      raise UserError(f'recipe argument {name!r} needs a value: write {name}=... ({kind.__name__}).')
+      raise UserError(
+        f'recipe argument {name!r} needs a value: write {name}=... ({kind.__name__}).'
+      )
     values[name] = _convert(name, text, kind) if equals else True
   return ml_collections.ConfigDict(values)
 
@@ -189,7 +191,9 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
-def check_same_run(saved: Mapping[str, Any], config: ml_collections.ConfigDict, workdir: str) -> None:
+def check_same_run(
+  saved: Mapping[str, Any], config: ml_collections.ConfigDict, workdir: str
+) -> None:
   """Refuses to resume `workdir` when `config` differs from its saved one in what changes the run.
 
   Raises:

@@ -17,10 +17,15 @@ from folk_jax import cli
 from folk_jax import config as config_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Recipe, such as configs/vit_b.py:smoke; every field can be overridden.', lock_config=True
+  'config',
+  None,
+  'Recipe, such as configs/vit_b.py:smoke; every field can be overridden.',
+  lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Where the run lives: config.json, metrics.jsonl, tensorboard/, checkpoints/, export/.'
+  'workdir',
+  None,
+  'Where the run lives: config.json, metrics.jsonl, tensorboard/, checkpoints/, export/.',
 )
 flags.mark_flags_as_required(['config', 'workdir'])
 

@@ -45,7 +45,7 @@ def recipe(arg: str = 'smoke', name: str = 'vit_b.py'):
     ('rate=2', {'rate': 2.0}),
     ('path=', {'path': ''}),
     ('path="/a,b",depth=3', {'path': '/a,b', 'depth': 3}),
-    ("path='a=1,\"b\"'", {'path': 'a=1,"b"'}),
+    ('path=\'a=1,"b"\'', {'path': 'a=1,"b"'}),
     ('path=gs://bucket/a:b', {'path': 'gs://bucket/a:b'}),
   ],
 )
@@ -61,7 +61,10 @@ def test_string_arguments_are_read_as_the_type_of_their_default(arg, expected):
 @pytest.mark.parametrize(
   'arg, words',
   [
-    ('smoek', "unknown recipe argument 'smoek'. Did you mean 'smoke'? Known: depth, path, rate, smoke."),
+    (
+      'smoek',
+      "unknown recipe argument 'smoek'. Did you mean 'smoke'? Known: depth, path, rate, smoke.",
+    ),
     ('zzz=1', "unknown recipe argument 'zzz'. Known: depth"),
     ('depth', "recipe argument 'depth' needs a value: write depth=... (int)."),
     ('depth=3.5', "depth='3.5' is not of type int"),
@@ -83,7 +86,9 @@ def test_every_recipe_loads_and_holds_together(name, arg):
   if arg.startswith('data'):
     assert (flat['data.source'], flat['data.path']) == ('folder', '/a,b')
   if arg == 'smoke':
-    assert flat['total_steps'] <= 10 and flat['batch_size'] <= 32 and flat['data.source'] == 'embedded'
+    assert (
+      flat['total_steps'] <= 10 and flat['batch_size'] <= 32 and flat['data.source'] == 'embedded'
+    )
 
 
 def test_the_full_recipes_are_the_sizes_that_they_say():
@@ -99,12 +104,16 @@ def test_recipes_load_without_jax():
     f'[config.load_recipe(f"configs/{{name}}") for name in {RECIPES!r}];'
     'print([m for m in ("jax", "flax", "grain", "torch") if m in sys.modules])'
   )
-  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+  )
   assert done.stdout.strip() == '[]'
 
 
 def test_a_recipe_that_is_not_there():
-  assert "recipe 'configs/vit_x.py' not found" in refusal(config_lib.load_recipe, 'configs/vit_x.py')
+  assert "recipe 'configs/vit_x.py' not found" in refusal(
+    config_lib.load_recipe, 'configs/vit_x.py'
+  )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +162,9 @@ def test_layouts_that_divide_pass():
 def changed(**changes):
   saved = json.loads(config_lib.to_json(recipe()))
   config = recipe()
-  config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
+  config.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in changes.items()}
+  )
   config_lib.check_same_run(saved, config, '/runs/a')
 
 

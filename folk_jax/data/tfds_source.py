@@ -154,7 +154,7 @@ def _prepare(tfds: Any, builder: Any, name: str, path: str) -> Any:
     return builder
   except ImportError as error:
     raise UserError(
-      f"{missing}, and preparing it needs TensorFlow ({error}): "
+      f'{missing}, and preparing it needs TensorFlow ({error}): '
       f"pip install 'folk_jax[prepare]', then {_how_to_prepare(name, path)}"
     ) from error
   except AssertionError as error:  # TFDS's way to ask for files that must be fetched by hand

@@ -25,7 +25,9 @@ def make_objective(name: str, parts: Parts, fields: Mapping[str, Any]) -> Object
     UserError: for an unknown objective, an unknown or missing field, or values that the objective refuses.
   """
   if name not in OBJECTIVES:
-    raise UserError(f'unknown objective {name!r} (config.objective.name). Known: {", ".join(sorted(OBJECTIVES))}.')
+    raise UserError(
+      f'unknown objective {name!r} (config.objective.name). Known: {", ".join(sorted(OBJECTIVES))}.'
+    )
   kind = OBJECTIVES[name]
   known = {f.name for f in dataclasses.fields(kind)} - {'parts'}
   wrong = sorted(set(fields) ^ known)

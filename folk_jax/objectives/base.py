@@ -47,13 +47,19 @@ class Objective(Protocol):
     ...
 
   def loss(
-    self, params: Params, teacher: Params | None, extra: Any, batch: Batch, rng: jax.Array, step: jax.Array
+    self,
+    params: Params,
+    teacher: Params | None,
+    extra: Any,
+    batch: Batch,
+    rng: jax.Array,
+    step: jax.Array,
   ) -> LossOutput:
     """The loss on one batch; `rng` is this step's key, the same on every device and for every microbatch."""
     ...
 
   def evaluate(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the valid images of a held-out batch; `count` is their number. Reported as `eval/<name>` = sum/count."""
+    """Sums over a held-out batch's valid images, `count` their number; reported as `eval/<name>` = sum / count."""
     ...
 
 

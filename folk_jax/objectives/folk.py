@@ -63,15 +63,27 @@ class Folk:
 
   def __post_init__(self):
     if not self.portions or any(not 0 < portion < 1 for portion in self.portions):
-      raise UserError(f'config.objective.portions {self.portions} must be numbers between 0 and 1, at least one.')
+      raise UserError(
+        f'config.objective.portions {self.portions} must be numbers between 0 and 1, at least one.'
+      )
     if not 0 <= self.com_probability <= 1:
-      raise UserError(f'config.objective.com_probability {self.com_probability} must be between 0 and 1.')
-    for field, known in (('ranking', ('shared', 'per_channel')), ('reduce', ('per_image', 'pooled'))):
+      raise UserError(
+        f'config.objective.com_probability {self.com_probability} must be between 0 and 1.'
+      )
+    for field, known in (
+      ('ranking', ('shared', 'per_channel')),
+      ('reduce', ('per_image', 'pooled')),
+    ):
       if getattr(self, field) not in known:
         raise UserError(
           f'unknown config.objective.{field} {getattr(self, field)!r}. Known: {", ".join(known)}.'
         )
-    for field in ('gamma', 'student_temperature', 'teacher_temperature', 'teacher_temperature_start'):
+    for field in (
+      'gamma',
+      'student_temperature',
+      'teacher_temperature',
+      'teacher_temperature_start',
+    ):
       if not getattr(self, field) > 0:
         raise UserError(f'config.objective.{field} {getattr(self, field)} must be positive.')
     if not self.teacher_temperature_epochs >= 0:
@@ -79,10 +91,14 @@ class Folk:
         f'config.objective.teacher_temperature_epochs {self.teacher_temperature_epochs} must not be negative.'
       )
     if not 0 <= self.centre_momentum <= 1:
-      raise UserError(f'config.objective.centre_momentum {self.centre_momentum} must be between 0 and 1.')
+      raise UserError(
+        f'config.objective.centre_momentum {self.centre_momentum} must be between 0 and 1.'
+      )
     weights = (self.reconstruction_weight, self.distillation_weight, self.patch_weight)
     if min(weights) < 0 or not any(weights):
-      raise UserError(f'the weights of the losses {weights} must not be negative, and one must be positive.')
+      raise UserError(
+        f'the weights of the losses {weights} must not be negative, and one must be positive.'
+      )
     if self._distils and not self.parts.has_teacher:
       raise UserError(
         'config.teacher.enabled is False but config.objective.distillation_weight or patch_weight is positive: '
@@ -130,7 +146,13 @@ class Folk:
     return params, extra
 
   def loss(
-    self, params: Params, teacher: Params | None, extra: Any, batch: Batch, rng: jax.Array, step: jax.Array
+    self,
+    params: Params,
+    teacher: Params | None,
+    extra: Any,
+    batch: Batch,
+    rng: jax.Array,
+    step: jax.Array,
   ) -> LossOutput:
     """The total loss of the paper on one batch. See `Objective.loss`."""
     batch_size, views = batch['views'].shape[:2]
@@ -148,7 +170,9 @@ class Folk:
 
     # 3. It rebuilds the removed frequencies of its own view.
     if self.reconstruction_weight:
-      prediction_NHWC = self._reconstruction.apply({'params': params['reconstruction']}, student.patches)
+      prediction_NHWC = self._reconstruction.apply(
+        {'params': params['reconstruction']}, student.patches
+      )
       sum_N, count_N = self._distance(prediction_NHWC, clean_NHWC, kept_NHFC)
       metrics['loss_reconstruction'] = losses.reduce_frequency(sum_N, count_N, self.reduce)
       total += self.reconstruction_weight * metrics['loss_reconstruction']
@@ -163,7 +187,9 @@ class Folk:
         loss_B = losses.distillation_loss(student_BVK, teacher_BVK, extra['centre'], *temperatures)
         metrics['loss_distillation'] = jnp.mean(loss_B)
         total += self.distillation_weight * metrics['loss_distillation']
-        metrics |= losses.distillation_statistics(student_BVK, teacher_BVK, extra['centre'], *temperatures)
+        metrics |= losses.distillation_statistics(
+          student_BVK, teacher_BVK, extra['centre'], *temperatures
+        )
         extra['centre'] = losses.updated_centre(extra['centre'], teacher_BVK, self.centre_momentum)
       # 5. Option: and of the same view's patches (iBOT, arXiv 2111.07832, eq. 2; the filter is the mask).
       if self.patch_weight:
@@ -171,11 +197,17 @@ class Folk:
         student_BVTK = self._logits(params, student.patches).reshape(shape)
         teacher_BVTK = self._logits(teacher, seen.patches).reshape(shape)
         loss_B = losses.patch_distillation_loss(
-          student_BVTK, teacher_BVTK, extra['patch_centre'], *temperatures, jnp.ones(student_BVTK.shape[:3])
+          student_BVTK,
+          teacher_BVTK,
+          extra['patch_centre'],
+          *temperatures,
+          jnp.ones(student_BVTK.shape[:3]),
         )
         metrics['loss_patch'] = jnp.mean(loss_B)
         total += self.patch_weight * metrics['loss_patch']
-        extra['patch_centre'] = losses.updated_centre(extra['patch_centre'], teacher_BVTK, self.centre_momentum)
+        extra['patch_centre'] = losses.updated_centre(
+          extra['patch_centre'], teacher_BVTK, self.centre_momentum
+        )
 
     # Of the teacher where there is one: the student's features differ by the filter before they differ by the image.
     metrics |= statistics.feature_statistics(judged.pooled)
@@ -187,15 +219,21 @@ class Folk:
     sums = {'count': jnp.sum(valid_B)}
     if self.reconstruction_weight:
       keys_B = sample_keys(rng, batch['index'], 0)
-      filtered_BHWC, clean_BHWC, kept_BHFC = over_batch(self._filtered, batch['views'][:, 0], keys_B)
+      filtered_BHWC, clean_BHWC, kept_BHFC = over_batch(
+        self._filtered, batch['views'][:, 0], keys_B
+      )
       output = self._backbone(params, filtered_BHWC, None)
-      prediction_BHWC = self._reconstruction.apply({'params': params['reconstruction']}, output.patches)
+      prediction_BHWC = self._reconstruction.apply(
+        {'params': params['reconstruction']}, output.patches
+      )
       for name, guess_BHWC in (('', prediction_BHWC), ('_of_mean', jnp.zeros_like(clean_BHWC))):
         sum_B, count_B = self._distance(guess_BHWC, clean_BHWC, kept_BHFC)
         sums[f'reconstruction{name}'] = jnp.sum(valid_B * sum_B / jnp.maximum(count_B, 1))
     return sums
 
-  def _views(self, view_BVHWC: jax.Array, keys_BV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def _views(
+    self, view_BVHWC: jax.Array, keys_BV: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """uint8 views to (filtered [N,H,W,C], clean [N,H,W,C], both normalised, kept [N,H,F,1 or C])."""
     image_BVHWC = jnp.stack(
       [
@@ -206,16 +244,22 @@ class Folk:
     )
     return self._filter(image_BVHWC.reshape(-1, *image_BVHWC.shape[2:]), keys_BV.reshape(-1))
 
-  def _filtered(self, image_BHWC: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def _filtered(
+    self, image_BHWC: jax.Array, keys_B: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `_views`, for one uint8 image each and without augmentation."""
     return self._filter(_to_float(image_BHWC), keys_B)
 
-  def _filter(self, image_NHWC: jax.Array, keys_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def _filter(
+    self, image_NHWC: jax.Array, keys_N: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     height, width = image_NHWC.shape[1:3]
     k_N, com_N = fourier.draw_filters(
       _fold(keys_N, _FILTER), self.portions, self.com_probability, height, width
     )
-    filtered_NHWC, kept_NHFC = fourier.filter_images(image_NHWC, k_N, com_N, self.ranking, self.clamp)
+    filtered_NHWC, kept_NHFC = fourier.filter_images(
+      image_NHWC, k_N, com_N, self.ranking, self.clamp
+    )
     mean, std = self.parts.mean, self.parts.std
     return normalise(filtered_NHWC, mean, std), normalise(image_NHWC, mean, std), kept_NHFC
 
@@ -230,14 +274,18 @@ class Folk:
     return over_batch(distance, prediction_NHWC, target_NHWC, kept_NHFC)
 
   def _backbone(self, params: Params, image_NHWC: jax.Array, drop_keys_N: jax.Array | None):
-    return self.parts.backbone.apply({'params': params['backbone']}, image_NHWC, sample_keys=drop_keys_N)
+    return self.parts.backbone.apply(
+      {'params': params['backbone']}, image_NHWC, sample_keys=drop_keys_N
+    )
 
   def _logits(self, params: Params, feature: jax.Array) -> jax.Array:
     return self._projection.apply({'params': params['projection']}, feature)
 
   def _teacher_temperature(self, step: jax.Array) -> jax.Array:
     ramp_steps = round(self.teacher_temperature_epochs * self.parts.steps_per_epoch)
-    ramp = schedules.linear_then_constant(self.teacher_temperature_start, self.teacher_temperature, ramp_steps)
+    ramp = schedules.linear_then_constant(
+      self.teacher_temperature_start, self.teacher_temperature, ramp_steps
+    )
     return ramp(step)
 
 

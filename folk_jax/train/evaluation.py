@@ -24,7 +24,9 @@ from folk_jax.train.state import TrainState
 class Evaluation:
   """Held-out evaluation during the run: weighted kNN on frozen features, and reconstruction."""
 
-  def __init__(self, config: ml_collections.ConfigDict, run: Run, settings: data.DataSettings, mesh: Mesh):
+  def __init__(
+    self, config: ml_collections.ConfigDict, run: Run, settings: data.DataSettings, mesh: Mesh
+  ):
     self._config, self._settings, self._mesh = config.evaluation, settings, mesh
     self._bank, self._test = (data.make_source(settings, split) for split in ('train', 'test'))
     self._batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
@@ -56,10 +58,13 @@ class Evaluation:
   def _knn(self, params: Mapping[str, Any]) -> dict[str, float]:
     if not self._config.knn:
       return {}
+
+    def put(rows: np.ndarray) -> jax.Array:
+      return sharding.put(rows, self._mesh)
+
     sets = []
     for source in (self._bank, self._test):
       with contextlib.closing(self._batches(source)) as batches:
-        put = lambda x: sharding.put(x, self._mesh)
         sets += features.extract(self._pooled, params['backbone'], batches, put=put)
     classes = 1 + max(int(sets[1].max()), int(sets[3].max()))
     if min(sets[1].min(), sets[3].min()) < 0:

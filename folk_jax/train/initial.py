@@ -42,7 +42,9 @@ def load(init_from: str, params: dict[str, Any], *, image_size: int, patch: int)
   return _from_workdir(path, params, grid)
 
 
-def _from_workdir(path: epath.Path, params: dict[str, Any], grid: tuple[int, int]) -> dict[str, Any]:
+def _from_workdir(
+  path: epath.Path, params: dict[str, Any], grid: tuple[int, int]
+) -> dict[str, Any]:
   config_file = path / 'config.json'
   if not config_file.exists():
     raise UserError(
@@ -63,7 +65,9 @@ def _from_workdir(path: epath.Path, params: dict[str, Any], grid: tuple[int, int
     elif found is None:
       logging.info('init_from %s step %d has no %s: it starts fresh.', path, step, name)
     elif mismatches := _mismatches(found, fresh):
-      logging.info('init_from %s: %s has other shapes and starts fresh (%s).', path, name, mismatches[0])
+      logging.info(
+        'init_from %s: %s has other shapes and starts fresh (%s).', path, name, mismatches[0]
+      )
     else:
       loaded[name] = found
   return loaded

@@ -65,7 +65,9 @@ def _first_state(
   shardings = sharding.state_shardings(abstract, mesh)
   if checkpoints.latest_step() is not None:
     placed = jax.tree.map(
-      lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+      lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+      abstract,
+      shardings,
     )
     state, _ = checkpoints.restore(placed)
     return state
@@ -95,7 +97,9 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
     UserError: for what the user can mend.
     RunStopped: where the guard stops the run.
   """
-  config_lib.check_layout(config.batch_size, config.accumulate, jax.device_count(), config.mesh.fsdp)
+  config_lib.check_layout(
+    config.batch_size, config.accumulate, jax.device_count(), config.mesh.fsdp
+  )
   _set_compilation_cache(config.compilation_cache)
   _check_workdir(config, epath.Path(workdir).expanduser())
   settings = data_settings(config)
@@ -156,16 +160,18 @@ def _train(
       return
     step, values = read
     scalars = {f'train/{name}': value for name, value in values.items()} | timer.scalars()
-    scalars |= {f'train/{name}': float(schedule(step - 1)) for name, schedule in run.schedules.items()}
+    scalars |= {
+      f'train/{name}': float(schedule(step - 1)) for name, schedule in run.schedules.items()
+    }
     writer.write(step, scalars)
     progress.update(step, scalars)
     guard.check(step, values)
 
   def evaluate(step: int) -> None:
     with timer.paused():
-      scalars = evaluation(state)
-      writer.write(step, scalars)
-      progress.say(_evaluation_line(step, scalars))
+      if scalars := evaluation(state):
+        writer.write(step, scalars)
+        progress.say(_evaluation_line(step, scalars))
 
   batches = data.train_batches(
     source,
@@ -194,12 +200,17 @@ def _train(
         guard.check_finite(step, {name: float(value) for name, value in values.items()})
         with timer.paused():
           checkpoints.save(
-            step, state, {'step': step, 'config': json.loads(config_lib.to_json(config))}, force=last
+            step,
+            state,
+            {'step': step, 'config': json.loads(config_lib.to_json(config))},
+            force=last,
           )
       if last or (config.eval_every and step % config.eval_every == 0):
         evaluate(step)
     if batches.bad_count:
-      logging.warning('%d undecodable images were replaced: %s', batches.bad_count, batches.bad_names)
+      logging.warning(
+        '%d undecodable images were replaced: %s', batches.bad_count, batches.bad_names
+      )
   if primary:
     print(_summary(workdir, total))
 

@@ -56,7 +56,9 @@ def delayed(inner: optax.GradientTransformation, start_step: int) -> optax.Gradi
     started = state.count >= start_step
     moved, inner_state = inner.update(updates, state.inner, params)
     moved = jax.tree.map(lambda u: jnp.where(started, u, jnp.zeros_like(u)), moved)
-    inner_state = jax.tree.map(lambda new, old: jnp.where(started, new, old), inner_state, state.inner)
+    inner_state = jax.tree.map(
+      lambda new, old: jnp.where(started, new, old), inner_state, state.inner
+    )
     return moved, DelayedState(optax.safe_increment(state.count), inner_state)
 
   return optax.GradientTransformation(init, update)
@@ -118,7 +120,9 @@ def make_optimizer(
     UserError: for an unknown `clip_by` or `schedule`.
   """
   if settings.clip_by not in _CLIPS:
-    raise UserError(f'unknown config.optimizer.clip_by {settings.clip_by!r}. Known: {", ".join(_CLIPS)}.')
+    raise UserError(
+      f'unknown config.optimizer.clip_by {settings.clip_by!r}. Known: {", ".join(_CLIPS)}.'
+    )
   if settings.schedule not in ('dino', 'timm'):
     raise UserError(f'unknown config.optimizer.schedule {settings.schedule!r}. Known: dino, timm.')
   warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
@@ -136,7 +140,9 @@ def make_optimizer(
       total_steps=total_steps,
       convention=settings.schedule,
     ),
-    'weight_decay': schedules.cosine(settings.weight_decay, settings.final_weight_decay, total_steps),
+    'weight_decay': schedules.cosine(
+      settings.weight_decay, settings.final_weight_decay, total_steps
+    ),
     'teacher_momentum': schedules.cosine(*momentum, total_steps),
   }
 
@@ -167,7 +173,9 @@ def _shifted(schedule: optax.Schedule, start_step: int) -> optax.Schedule:
 
 def _labels(params: Any) -> Any:
   """'late' for the projection head's last layer, 'now' for everything else."""
-  return jax.tree.map_with_path(lambda path, _: 'late' if 'last_layer' in map(_name, path) else 'now', params)
+  return jax.tree.map_with_path(
+    lambda path, _: 'late' if 'last_layer' in map(_name, path) else 'now', params
+  )
 
 
 def _is_stacked(path: tuple[Any, ...]) -> bool:

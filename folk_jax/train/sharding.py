@@ -57,5 +57,6 @@ def put(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This host's rows of a global batch, to the devices; the sample's number goes as int32."""
   return {
-    name: put(rows.astype(np.int32) if rows.dtype == np.int64 else rows, mesh) for name, rows in batch.items()
+    name: put(rows.astype(np.int32) if rows.dtype == np.int64 else rows, mesh)
+    for name, rows in batch.items()
   }

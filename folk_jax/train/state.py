@@ -25,7 +25,9 @@ class TrainState:
   extra: Any
 
 
-def create(params: dict[str, Any], extra: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def create(
+  params: dict[str, Any], extra: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
   """A state at step 0 for fresh or imported parameters."""
   return TrainState(
     step=jnp.zeros([], jnp.int32), params=params, opt_state=optimizer.init(params), extra=extra

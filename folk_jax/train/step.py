@@ -30,7 +30,9 @@ def make_train_step(
     the gradient's norm isn't finite).
   """
 
-  def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+  def step(
+    state: TrainState, batch: dict[str, jax.Array]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     teacher = teacher_of(state)
 
@@ -42,7 +44,10 @@ def make_train_step(
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(output.loss)
-    metrics = output.metrics | {'gradient_norm': norm, 'nonfinite': 1.0 - finite.astype(jnp.float32)}
+    metrics = output.metrics | {
+      'gradient_norm': norm,
+      'nonfinite': 1.0 - finite.astype(jnp.float32),
+    }
     state = TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
@@ -65,13 +70,16 @@ def accumulated(
   if accumulate == 1:
     return gradient(params, batch)
   parts = jax.tree.map(
-    lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1), batch
+    lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1),
+    batch,
   )
 
   def add(total, part):
     return jax.tree.map(jnp.add, total, gradient(params, part)), None
 
   first = jax.tree.map(lambda x: x[0], parts)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first))
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first)
+  )
   total, _ = jax.lax.scan(add, zeros, parts)
   return jax.tree.map(lambda x: x / accumulate, total)

@@ -49,7 +49,9 @@ def ema_teacher(
     student = optax.apply_updates(
       {part: params[part] for part in parts}, {part: updates[part] for part in parts}
     )
-    teacher = jax.tree.map(lambda t, s: m * t + (1 - m) * s.astype(jnp.float32), state.teacher, student)
+    teacher = jax.tree.map(
+      lambda t, s: m * t + (1 - m) * s.astype(jnp.float32), state.teacher, student
+    )
     return updates, EmaTeacherState(count=optax.safe_increment(state.count), teacher=teacher)
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -145,12 +145,16 @@ def numpy_normalise(image):
 def bias_only(params, seed: int):
   """A reconstruction head that answers the same patch everywhere, and the image that this makes."""
   bias = np.random.default_rng(seed).normal(size=3 * PATCH**2).astype(np.float32)
-  head = {'proj': {'kernel': np.zeros_like(params['reconstruction']['proj']['kernel']), 'bias': bias}}
+  head = {
+    'proj': {'kernel': np.zeros_like(params['reconstruction']['proj']['kernel']), 'bias': bias}
+  }
   patch_HWC = bias.reshape(3, PATCH, PATCH).transpose(1, 2, 0)
   return params | {'reconstruction': head}, np.tile(patch_HWC, (SIZE // PATCH, SIZE // PATCH, 1))
 
 
-def numpy_cross_entropy(student_BVK, teacher_BVK, centre_K, student_temperature, teacher_temperature):
+def numpy_cross_entropy(
+  student_BVK, teacher_BVK, centre_K, student_temperature, teacher_temperature
+):
   def log_softmax(x):
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
@@ -189,7 +193,9 @@ def test_distillation_is_across_views_from_filtered_to_clean(plain):
   objective = dataclasses.replace(plain[0], com_probability=1.0)
   params, teacher, extra = plain[1]
   backbone = dataclasses.replace(objective.parts.backbone, drop_path=0.0)
-  objective = dataclasses.replace(objective, parts=dataclasses.replace(objective.parts, backbone=backbone))
+  objective = dataclasses.replace(
+    objective, parts=dataclasses.replace(objective.parts, backbone=backbone)
+  )
   head = models.ProjectionHead(**objective.parts.projection)
 
   @jax.jit
@@ -199,10 +205,12 @@ def test_distillation_is_across_views_from_filtered_to_clean(plain):
 
   image_NHWC = np.float32(BATCH['views'].reshape(-1, SIZE, SIZE, 3) / 255)
   kept = [spectrum_mask(image, 0.05)[..., None] for image in image_NHWC]
-  filtered_NHWC = np.stack([
-    np.fft.ifft2(np.fft.fft2(image, axes=(0, 1)) * mask, axes=(0, 1)).real
-    for image, mask in zip(image_NHWC, kept, strict=True)
-  ])
+  filtered_NHWC = np.stack(
+    [
+      np.fft.ifft2(np.fft.fft2(image, axes=(0, 1)) * mask, axes=(0, 1)).real
+      for image, mask in zip(image_NHWC, kept, strict=True)
+    ]
+  )
   student_BVK = logits(params, np.float32(numpy_normalise(filtered_NHWC)))
   teacher_BVK = logits(teacher, np.float32(numpy_normalise(image_NHWC)))
   output = compiled(objective)(params, teacher, extra, BATCH, RNG, STEP)
@@ -351,7 +359,9 @@ def test_one_trace_serves_every_step_and_batch(plain):
     return objective.loss(*args).loss
 
   batches = [BATCH, make_batch(seed=1), make_batch(seed=2)]
-  found = {float(loss(params, teacher, extra, batch, RNG, jnp.int32(i))) for i, batch in enumerate(batches)}
+  found = {
+    float(loss(params, teacher, extra, batch, RNG, jnp.int32(i))) for i, batch in enumerate(batches)
+  }
   assert len(traces) == 1 and len(found) == 3
 
 
@@ -407,10 +417,19 @@ def test_gradients_of_the_options_are_the_slope_of_the_loss(fields):
   rng = np.random.default_rng(0)
   noise = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
   direction = jax.tree.map(lambda g, n: g / norm + 0.1 * n / 100, slope, noise)
-  expected = sum(float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (slope, direction)), strict=True))
+  expected = sum(
+    float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (slope, direction)), strict=True)
+  )
   step = 2e-3 / norm
   ends = [
-    gradient(jax.tree.map(lambda p, d: p + sign * step * d, params, direction), teacher, extra, BATCH, RNG, STEP)[1]
+    gradient(
+      jax.tree.map(lambda p, d: p + sign * step * d, params, direction),
+      teacher,
+      extra,
+      BATCH,
+      RNG,
+      STEP,
+    )[1]
     for sign in (-1, 1)
   ]
   # A loss near 3 in float32 changes by 4e-3: 1e-3 of rounding, and the curve's third order.
@@ -421,9 +440,19 @@ def test_gradients_of_the_options_are_the_slope_of_the_loss(fields):
   'fields, parts, names, states',
   [
     ({}, ('backbone', 'projection'), {'backbone', 'projection', 'reconstruction'}, {'centre'}),
-    ({'patch_weight': 1.0}, ('backbone', 'projection'), {'backbone', 'projection', 'reconstruction'}, {'centre', 'patch_centre'}),
+    (
+      {'patch_weight': 1.0},
+      ('backbone', 'projection'),
+      {'backbone', 'projection', 'reconstruction'},
+      {'centre', 'patch_centre'},
+    ),
     ({'distillation_weight': 0.0}, ('backbone',), {'backbone', 'reconstruction'}, set()),
-    ({'reconstruction_weight': 0.0}, ('backbone', 'projection'), {'backbone', 'projection'}, {'centre'}),
+    (
+      {'reconstruction_weight': 0.0},
+      ('backbone', 'projection'),
+      {'backbone', 'projection'},
+      {'centre'},
+    ),
   ],
 )
 def test_a_weight_of_zero_leaves_its_part_out(fields, parts, names, states):

@@ -82,7 +82,10 @@ def collectives(hlo: str):
   """(operation, elements of its largest result) of all that moves data, and the number of all-reduces."""
   moved, all_reduces = [], 0
   for line in hlo.splitlines():
-    match = re.search(r'= (.*?) (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(-start)?\(', line)
+    match = re.search(
+      r'= (.*?) (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(-start)?\(',
+      line,
+    )
     if match is None:
       continue
     if match[2] in ('all-reduce', 'reduce-scatter'):

@@ -72,9 +72,7 @@ def test_a_workdir_gives_its_teacher_and_the_heads_that_only_the_student_has(wor
 
 
 def test_a_run_without_a_teacher_gives_its_student(tmp_path):
-  state = save(
-    tmp_path / 'run', **{'teacher.enabled': False, 'objective.distillation_weight': 0.0}
-  )
+  state = save(tmp_path / 'run', **{'teacher.enabled': False, 'objective.distillation_weight': 0.0})
   loaded = load(tmp_path / 'run')
   assert_equal(loaded['backbone'], state.params['backbone'])
   assert_equal(loaded['reconstruction'], state.params['reconstruction'])

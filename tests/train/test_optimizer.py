@@ -35,11 +35,17 @@ SETTINGS = OptimizerSettings(
 RUN = {'batch_size': 64, 'steps_per_epoch': 2.0, 'total_steps': 8}
 PARAMS = {
   'backbone': {
-    'blocks': {'norm': {'scale': np.ones((2, 3), np.float32)}, 'fc': np.ones((2, 3, 4), np.float32)},
+    'blocks': {
+      'norm': {'scale': np.ones((2, 3), np.float32)},
+      'fc': np.ones((2, 3, 4), np.float32),
+    },
     'pos_embed': np.ones((1, 5, 3), np.float32),
     'norm': np.ones(3, np.float32),
   },
-  'projection': {'mlp_0': np.ones((3, 2), np.float32), 'last_layer': {'kernel': np.ones((2, 6), np.float32)}},
+  'projection': {
+    'mlp_0': np.ones((3, 2), np.float32),
+    'last_layer': {'kernel': np.ones((2, 6), np.float32)},
+  },
 }
 
 
@@ -76,7 +82,10 @@ def test_clipping_matches_the_reference(golden):
 
 def test_stacked_layers_are_clipped_one_by_one():
   """Rows of norm 5 and 0.5 under a limit of 1: the first shrinks by 5, the second stays."""
-  gradient = {'blocks': {'w': jnp.array([[3.0, 4.0], [0.3, 0.4]])}, 'w': jnp.array([[3.0, 4.0], [0, 0]])}
+  gradient = {
+    'blocks': {'w': jnp.array([[3.0, 4.0], [0.3, 0.4]])},
+    'w': jnp.array([[3.0, 4.0], [0, 0]]),
+  }
   clip = clip_by_parameter(1.0)
   clipped, _ = clip.update(gradient, clip.init(gradient))
   np.testing.assert_allclose(clipped['blocks']['w'], [[0.6, 0.8], [0.3, 0.4]], rtol=1e-6)
@@ -113,7 +122,9 @@ def test_schedules_are_the_recipes():
     'teacher_momentum': 1 - 0.1 * half,
   }
   for name, schedule in rates.items():
-    np.testing.assert_allclose([schedule(step) for step in range(8)], expected[name], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+      [schedule(step) for step in range(8)], expected[name], rtol=1e-6, atol=1e-9
+    )
 
 
 def test_a_run_without_a_teacher_logs_no_momentum():

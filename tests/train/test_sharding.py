@@ -76,7 +76,10 @@ def test_without_fsdp_every_device_holds_everything():
 
 def test_a_batch_keeps_its_values_and_its_numbers_become_int32():
   mesh = sharding.make_mesh()
-  batch = {'views': np.arange(12, dtype=np.uint8).reshape(4, 3), 'index': np.array([3, 1, 2**31 - 1, -1])}
+  batch = {
+    'views': np.arange(12, dtype=np.uint8).reshape(4, 3),
+    'index': np.array([3, 1, 2**31 - 1, -1]),
+  }
   placed = sharding.put_batch(batch, mesh)
   assert placed['index'].dtype == jnp.int32 and placed['views'].dtype == jnp.uint8
   for name, rows in batch.items():
@@ -87,7 +90,7 @@ def test_a_batch_keeps_its_values_and_its_numbers_become_int32():
 @pytest.fixture(scope='module')
 def steps(run_with_devices):
   """One step of FOLK's smoke recipe on 1 and on 8 devices; see support/eight_devices.py."""
-  return json.loads(run_with_devices(STEPS).splitlines()[-1])
+  return json.loads(run_with_devices(STEPS, timeout=600).splitlines()[-1])
 
 
 LAYOUTS = ('8 devices', '8 devices, fsdp 4, accumulate 2')

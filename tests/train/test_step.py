@@ -94,7 +94,9 @@ def test_microbatches_are_interleaved():
     jax.debug.callback(lambda rows: seen.append(rows.tolist()), part['x'], ordered=True)
     return params * jnp.mean(part['x']), LossOutput(jnp.mean(part['x']), {}, {})
 
-  slope, output = jax.jit(lambda x: accumulated(gradient, jnp.ones(()), {'x': x}, 3))(jnp.arange(6.0))
+  slope, output = jax.jit(lambda x: accumulated(gradient, jnp.ones(()), {'x': x}, 3))(
+    jnp.arange(6.0)
+  )
   jax.effects_barrier()
   assert seen == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
   assert slope == output.loss == 2.5
