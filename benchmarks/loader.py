@@ -17,6 +17,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import report
@@ -28,26 +29,33 @@ from folk_jax.data.views import random_view
 RESULT = report.ROOT / 'benchmarks' / 'results' / 'loader_cpu.json'
 
 
+class Speed(NamedTuple):
+  """Images per second, and milliseconds of processor time per image over all processes."""
+
+  rate: float
+  cost: float
+
+
 def bare_share(
   settings: DataSettings,
   indices: range,
   barrier: multiprocessing.Barrier,
   queue: multiprocessing.Queue,
 ) -> None:
-  """Decodes and cuts the samples `indices`, and puts images per second into `queue`."""
+  """Decodes and cuts the samples `indices`, and puts images per second and processor seconds into `queue`."""
   source = make_source(settings, 'train')
   rng = np.random.default_rng(indices.start)
   barrier.wait()
-  start = time.perf_counter()
+  start, busy = time.perf_counter(), time.process_time()
   for index in indices:
     image_HWC = decode(source.fetch(index % len(source)))
     for view in settings.views:
       random_view(image_HWC, settings.image_size, view, settings.interpolation, rng)
-  queue.put(len(indices) / (time.perf_counter() - start))
+  queue.put((len(indices) / (time.perf_counter() - start), time.process_time() - busy))
 
 
-def bare(settings: DataSettings, images: int, cores: int) -> float:
-  """Images per second of `cores` processes that only decode and cut."""
+def bare(settings: DataSettings, images: int, cores: int) -> Speed:
+  """The speed of `cores` processes that only decode and cut."""
   context = multiprocessing.get_context('spawn')
   barrier, queue = context.Barrier(cores), context.Queue()
   shares = [range(core, images, cores) for core in range(cores)]
@@ -56,14 +64,21 @@ def bare(settings: DataSettings, images: int, cores: int) -> float:
   ]
   for process in processes:
     process.start()
-  rate = sum(queue.get() for _ in processes)
+  rates, busy = zip(*[queue.get() for _ in processes], strict=True)
   for process in processes:
     process.join()
-  return rate
+  return Speed(sum(rates), 1000 * sum(busy) / images)
 
 
-def loader(settings: DataSettings, images: int, batch_size: int) -> float:
-  """Images per second of the loader in its steady state."""
+def busy_seconds() -> float:
+  """Processor time, user and system, of this process and its workers so far; Linux only."""
+  pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+  stats = [pathlib.Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split() for pid in pids]
+  return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf('SC_CLK_TCK')
+
+
+def loader(settings: DataSettings, images: int, batch_size: int) -> Speed:
+  """The loader's speed in its steady state."""
   source = make_source(settings, 'train')
   # What was made ahead while workers started would flatter the figure: it is taken first.
   ahead = max(settings.workers, 1) * (settings.prefetch + 2)
@@ -71,10 +86,12 @@ def loader(settings: DataSettings, images: int, batch_size: int) -> float:
     for _ in itertools.islice(batches, ahead):
       pass
     steps = -(-images // batch_size)
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), busy_seconds()
     for _ in itertools.islice(batches, steps):
       pass
-    return steps * batch_size / (time.perf_counter() - start)
+    images = steps * batch_size
+    wall = time.perf_counter() - start
+    return Speed(images / wall, 1000 * (busy_seconds() - busy) / images)
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -95,18 +112,27 @@ def run(argv: Sequence[str] | None = None) -> None:
     f'{cores} workers of 2 threads': DataSettings(**common, workers=cores, threads=2, prefetch=2),
     f'{cores} threads': DataSettings(**common, workers=0, threads=cores, prefetch=cores),
   }
-  rates = {name: [] for name in ('bare', *variants)}
+  speeds = {name: [] for name in ('bare', *variants)}
   for _ in range(args.rounds):
-    rates['bare'].append(bare(DataSettings(**common), args.images, cores))
+    speeds['bare'].append(bare(DataSettings(**common), args.images, cores))
     for name, settings in variants.items():
-      rates[name].append(loader(settings, args.images, args.batch))
-  ratios = {
-    name: statistics.median(a / b for a, b in zip(rates[name], rates['bare'], strict=True))
-    for name in variants
+      speeds[name].append(loader(settings, args.images, args.batch))
+
+  def ratio(name: str, field: str) -> float:
+    pairs = zip(speeds[name], speeds['bare'], strict=True)
+    return statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
+
+  summary = {
+    name: {
+      'images_per_second': round(statistics.median(speed.rate for speed in found), 1),
+      'rate_over_bare': round(ratio(name, 'rate'), 3),
+      'processor_ms_per_image': round(statistics.median(speed.cost for speed in found), 3),
+      'processor_time_over_bare': round(ratio(name, 'cost'), 3),
+    }
+    for name, found in speeds.items()
   }
-  medians = {name: statistics.median(values) for name, values in rates.items()}
-  rows = [[name, medians[name], ratios.get(name, 1.0)] for name in rates]
-  print(report.table(['', 'images/s', 'of bare'], rows))
+  rows = [[name, *values.values()] for name, values in summary.items()]
+  print(report.table(['', 'images/s', 'over bare', 'processor ms', 'over bare'], rows))
   packages = ('grain', 'simplejpeg', 'opencv-python-headless', 'pillow')
   context = report.context()
   context['versions'] |= report._versions(*packages)
@@ -115,9 +141,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     **context,
     'images': len(make_source(DataSettings(**common), 'train')),
     'images_per_round': args.images,
-    'images_per_second': {name: [round(v, 1) for v in values] for name, values in rates.items()},
-    'median': {name: round(value, 1) for name, value in medians.items()},
-    'median_ratio_to_bare': {name: round(value, 3) for name, value in ratios.items()},
+    'median': summary,
+    'rounds_images_per_second': {
+      name: [round(speed.rate, 1) for speed in found] for name, found in speeds.items()
+    },
   }
   report.write_json(args.out, result)
 

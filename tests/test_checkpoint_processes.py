@@ -117,7 +117,7 @@ def save_for_ever(directory: str) -> None:
 @pytest.mark.parametrize('failure', ['no_folder', 'no_space'])
 def test_a_process_whose_save_failed_says_which_and_ends(tmp_path, run_with_devices, failure):
   # Orbax may leave threads behind that wait for a folder, and that keep the process from ending.
-  said = run_with_devices(pathlib.Path(__file__), failure, str(tmp_path), devices=1, timeout=60)
+  said = run_with_devices(pathlib.Path(__file__), failure, str(tmp_path), devices=1, timeout=150)
   assert 'failed as expected' in said
   if failure == 'no_space':
     node, _, step = checkpoint.read_subtree(str(tmp_path), ())
