@@ -30,8 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.model.update({'width': 128, 'depth': 4, 'heads': 4, 'patch': 8, 'drop_path': 0.0})
   c.projection.update({'hidden': 256, 'bottleneck': 64, 'outputs': 256})
 
-  # [D] At 32 pixels the paper's list would keep 6, 11 or 52 coefficients, a blot of colour; these keep 52, 103 or 205, of
-  # the order of what it keeps at 224.
+  # [D] At 32 pixels the paper's list would keep 6, 11 or 52 coefficients, a blot of colour; these keep 52, 103 or 205.
   c.objective.portions = (0.05, 0.1, 0.2)
 
   # A thousand steps instead of 375,000: larger steps, a teacher that follows within a hundred and never stands still.

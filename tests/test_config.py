@@ -1,4 +1,4 @@
-"""String arguments, checks in words, what a resumed run may change; every recipe loads and holds together."""
+"""String arguments, checks in words, what a resumed run may change; every recipe holds together."""
 
 import json
 import pathlib
@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
 # DESIGN's list of what every training recipe has.
 KEYS = (
-  'task init_from seed batch_size accumulate image_size epochs total_steps objective.name model.name data.source'
-  ' data.name data.path mesh.fsdp checkpoint.every checkpoint.keep log_every eval_every'
+  'task init_from seed batch_size accumulate image_size epochs total_steps'
+  ' objective.name model.name data.source data.name data.path mesh.fsdp checkpoint.every checkpoint.keep log_every eval_every'
 ).split()
 
 

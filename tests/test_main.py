@@ -35,7 +35,7 @@ def run_main(monkeypatch, capsys):
 
 
 def _forget_flags() -> None:
-  """Flags are global, and each override of a config becomes a flag: the next command starts without."""
+  """Flags are global, and each override becomes one: the next command starts without them."""
   for name in list(flags.FLAGS):
     if name.startswith('config.'):
       delattr(flags.FLAGS, name)

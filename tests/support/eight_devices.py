@@ -1,4 +1,4 @@
-"""One step of FOLK on one device and on eight, as JSON on the last line; run it with eight CPU devices."""
+"""One step of FOLK on one device and on eight CPU devices, as JSON on the last line."""
 
 import json
 import math
@@ -79,7 +79,7 @@ def error(found, expected) -> float:
 
 
 def collectives(hlo: str):
-  """(operation, elements of its largest result) of all that moves data, and the number of all-reduces."""
+  """(operation, elements of its largest result) of what moves data, and how many all-reduces."""
   moved, all_reduces = [], 0
   for line in hlo.splitlines():
     match = re.search(

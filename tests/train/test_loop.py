@@ -1,4 +1,4 @@
-"""Whole runs, seconds long: killed and resumed, moved to other devices, started from weights, stopped by the guard."""
+"""Whole runs, seconds long: killed and resumed, moved to other devices, begun from weights, stopped."""
 
 import json
 import os

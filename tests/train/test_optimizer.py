@@ -70,7 +70,7 @@ def assert_trees_close(found, expected, rtol):
 
 
 def test_clipping_matches_the_reference(golden):
-  """DINO's utils.clip_gradients at 1.5; tolerances are the reference file's own, float32 rounding."""
+  """DINO's utils.clip_gradients at 1.5; the tolerances are the reference file's, float32 rounding."""
   numbers = golden('dino_ibot_loss')
   gradient = {name: numbers[f'clip.{name}.grad'] for name in ('p0', 'p1', 'p2')}
   assert max(numbers['clip.norms']) > 1.5 > min(numbers['clip.norms'])
@@ -112,7 +112,8 @@ def test_decay_spares_what_is_named():
 def test_schedules_are_the_recipes():
   _, rates = make_optimizer(SETTINGS, **RUN, teacher_parts=('backbone',), momentum=(0.9, 1.0))
   assert set(rates) == {'learning_rate', 'weight_decay', 'teacher_momentum'}
-  # The peak is 4e-3 * 64 / 256, twice in DINO's convention: the end of two warm-up steps, and the cosine's start.
+  # The peak is 4e-3 * 64 / 256, twice in DINO's convention: the end of two warm-up steps, and the
+  # cosine's start.
   cosine = [(1 + np.cos(np.pi * i / 6)) / 2 for i in range(6)]
   rate = [0, 1e-3, *(1e-4 + 9e-4 * c for c in cosine)]
   half = np.array([(1 + np.cos(np.pi * step / 8)) / 2 for step in range(8)])
@@ -134,7 +135,7 @@ def test_a_run_without_a_teacher_logs_no_momentum():
 
 
 def numpy_adamw(settings, rates, steps, params, first=0):
-  """AdamW (arXiv 1711.05101) in float64, with both schedules; moments and bias correction start at step `first`."""
+  """AdamW (arXiv 1711.05101) in float64 with both schedules; its own first step is `first`."""
   leaves, mask = jax.tree.leaves(params), jax.tree.leaves(decay_mask(params))
   values = [np.float64(leaf) for leaf in leaves]
   mean, square = ([np.zeros_like(v) for v in values] for _ in range(2))
@@ -184,7 +185,7 @@ def test_delayed_is_exactly_the_optimiser_that_starts_later():
 
 @pytest.mark.parametrize('clip_by', ['parameter', 'global'])
 def test_clipping_comes_before_the_moments(clip_by):
-  """Adam's first step forgets the gradient's size and its moments don't: they hold the clipped gradient."""
+  """Adam's first step forgets the gradient's size; its moments hold the clipped gradient."""
   settings = dataclasses.replace(SETTINGS, clip=0.5, clip_by=clip_by)
   optimizer, _ = make_optimizer(settings, **RUN)
   gradient = gradients(0)

@@ -1,4 +1,4 @@
-"""What lies where, and that eight devices compute what one does; the full recipe lowers for eight."""
+"""What lies where; eight devices compute what one does; the full recipe lowers for eight."""
 
 import json
 import pathlib

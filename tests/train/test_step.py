@@ -17,7 +17,7 @@ from folk_jax.train.teacher import ema_teacher
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """Loss mean((w * x - teacher)^2) / 2; the centre follows the mean of x; a draw per sample is reported."""
+  """Loss mean((w * x - teacher)^2) / 2; the centre follows the mean of x; reports a draw a sample."""
 
   teacher_parts: tuple[str, ...] = ('backbone',)
 
@@ -59,7 +59,7 @@ def test_one_step_by_hand(accumulate):
   assert int(state.step) == 1
   np.testing.assert_allclose(state.params['backbone'], 2 - 0.1 * gradient, rtol=1e-6)
   assert state.params['head'] == 1
-  # Once a step, whatever the number of microbatches: 0.75 * 2 + 0.25 * w; the centre 0.5 * 0 + 0.5 * 3.
+  # Once a step, whatever the number of microbatches: 0.75 * 2 + 0.25 * w; the centre half of 3.
   teacher = state_lib.teacher_of(state)
   assert set(teacher) == {'backbone'}
   np.testing.assert_allclose(teacher['backbone'], 1.5 + 0.25 * (2 - 0.1 * gradient), rtol=1e-6)
@@ -87,7 +87,7 @@ def test_draws_depend_on_seed_step_and_sample():
 
 
 def test_microbatches_are_interleaved():
-  """Sample i goes to microbatch i mod 3, so that a device's contiguous rows are spread over all of them."""
+  """Sample i goes to microbatch i mod 3: a device's contiguous rows are spread over all of them."""
   seen = []
 
   def gradient(params, part):

@@ -1,4 +1,4 @@
-"""The EMA teacher against numbers worked by hand, and against a NumPy twin at the end of a chain."""
+"""The EMA teacher against numbers worked by hand, and a NumPy twin at the end of a chain."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_three_steps_by_hand():
 
 
 def test_follows_the_student_that_the_whole_chain_makes():
-  """Last in a chain, it averages what the parameters become, not the gradient; momentum a cosine."""
+  """Last in a chain it averages what the parameters become; its momentum is a cosine."""
   steps, momentum = 5, schedules.cosine(0.9, 1.0, 5)
   optimizer = optax.chain(optax.trace(0.5), optax.scale(-0.1), ema_teacher(momentum, ('head',)))
   params = {'head': jnp.array([1.0, -2.0]), 'other': jnp.array([3.0])}
