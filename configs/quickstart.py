@@ -14,9 +14,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """`arg`: smoke, data=SOURCE, name=TFDS_NAME, path=DIR."""
   given = config_lib.parse_arg(arg, smoke=False, data='embedded', name='', path='')
   c = config_lib.sibling(__file__, 'vit_b.py', 'smoke' if given.smoke else '')
-  c.data.update(
-    {'source': given.data, 'name': given.name, 'path': given.path, 'test_split': 'test'}
-  )
+  c.data.update({'source': given.data, 'name': given.name, 'path': given.path})
   if given.smoke:
     return c
 

@@ -96,7 +96,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.data.name = arg.name
   c.data.path = arg.path
   c.data.train_split = 'train'
-  c.data.test_split = 'validation'
+  c.data.test_split = ''  # The first there is of validation, val and test.
   c.data.interpolation = 'bicubic'
   c.data.test_resize = 256  # Short side before the centre crop.
   c.data.mean = (0.485, 0.456, 0.406)
@@ -166,7 +166,7 @@ def smoke(c: ml_collections.ConfigDict) -> None:
   c.model.update({'width': 48, 'depth': 2, 'heads': 3, 'patch': 8, 'dtype': 'float32'})
   c.projection.update({'hidden': 64, 'bottleneck': 32, 'outputs': 128})
   if c.data.source == 'tfds':
-    c.data.source, c.data.name, c.data.test_split = 'embedded', '', 'test'
+    c.data.source, c.data.name = 'embedded', ''
   c.data.update({'workers': 0, 'threads': 2, 'prefetch': 2, 'test_resize': 36, 'limit': 256})
   c.evaluation.update({'batch_size': 32, 'knn': (1, 20)})
   c.optimizer.warmup_epochs = 0.1
