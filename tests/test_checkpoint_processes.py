@@ -165,15 +165,21 @@ def test_a_damaged_checkpoint_prints_nothing_of_its_own(tmp_path):
 
 
 def read_damaged(directory: str) -> None:
-  state = make_state()
-  with checkpoint.Checkpoints(directory, every=1, keep=1) as checkpoints:
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
-    for file in (pathlib.Path(directory) / '1' / 'state' / 'd').iterdir():
-      file.unlink()
-    for _ in range(3):
-      with pytest.raises(UserError, match='step 1 in .* cannot be read'):
-        checkpoints.restore(here(state))
+  rng = np.random.default_rng(0)
+  # Many arrays, whose reads are all under way when the first of them fails.
+  state = {f'{i}': jnp.asarray(rng.normal(size=(64, 64)), jnp.float32) for i in range(60)}
+  for number, damaged in enumerate(('d', 'ocdbt.process_0/d')):
+    folder = pathlib.Path(directory) / str(number)
+    with checkpoint.Checkpoints(str(folder), every=1, keep=1) as checkpoints:
+      checkpoints.save(1, state, {})
+      checkpoints.wait()
+      for file in (folder / '1' / 'state' / damaged).iterdir():
+        file.unlink()
+      for _ in range(2):
+        with pytest.raises(UserError, match='step 1 in .* cannot be read'):
+          checkpoints.restore(here(state))
+        with pytest.raises(UserError, match='step 1 in .* cannot be read'):
+          checkpoint.read_subtree(str(folder), ())
   print('refused')
 
 

@@ -15,7 +15,8 @@ RECIPES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
 # DESIGN's list of what every training recipe has.
 KEYS = (
   'task init_from seed batch_size accumulate image_size epochs total_steps'
-  ' objective.name model.name data.source data.name data.path mesh.fsdp checkpoint.every checkpoint.keep log_every eval_every'
+  ' objective.name model.name data.source data.name data.path mesh.fsdp'
+  ' checkpoint.every checkpoint.keep log_every eval_every'
 ).split()
 
 

@@ -195,18 +195,17 @@ def _train(
       last = step == total
       if last or step % config.log_every == 0:
         late.push(step, values)
-      if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+      saves = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
+      if saves:
         report(late.flush())
         guard.check_finite(step, {name: float(value) for name, value in values.items()})
-        with timer.paused():
-          checkpoints.save(
-            step,
-            state,
-            {'step': step, 'config': json.loads(config_lib.to_json(config))},
-            force=last,
-          )
+      # Before the save: a step that is saved has been evaluated, whenever the run is killed.
       if last or (config.eval_every and step % config.eval_every == 0):
         evaluate(step)
+      if saves:
+        with timer.paused():
+          about = {'step': step, 'config': json.loads(config_lib.to_json(config))}
+          checkpoints.save(step, state, about, force=last)
     if batches.bad_count:
       logging.warning(
         '%d undecodable images were replaced: %s', batches.bad_count, batches.bad_names

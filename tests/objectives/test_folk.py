@@ -314,6 +314,7 @@ def test_one_trace_serves_every_step_and_batch(plain):
   assert len(traces) == 1 and len(found) == 3
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(plain):
   objective, (params, teacher, extra), loss = plain
   eager = objective.loss(params, teacher, extra, BATCH, RNG, STEP)
