@@ -195,8 +195,6 @@ def turn(side: str, flags: argparse.Namespace) -> dict[str, Any]:
   environment['PYTHONPATH'] = os.pathsep.join(
     [str(report.ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
   )
-  if flags.keep_memory:
-    environment['GLIBC_TUNABLES'] = report.KEEP_MEMORY
   done = subprocess.run(command(side, flags), env=environment, capture_output=True, text=True)
   if done.returncode:
     last = (done.stderr.strip().splitlines() or ['no message'])[-1]
@@ -266,6 +264,8 @@ def main() -> None:
     print(json.dumps(ours(flags)))
     return
   check(flags)
+  if flags.keep_memory:
+    os.environ['GLIBC_TUNABLES'] = report.KEEP_MEMORY
   result = measure(flags)
   device = result['turns']['ours'][0]['device']
   s = result['settings']

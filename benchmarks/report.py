@@ -17,12 +17,10 @@ from folk_jax.errors import UserError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # glibc hands the step's temporary buffer (hundreds of MB) back to the kernel after each step, which
-# zeroes it again page by page in the next: a quarter of the quickstart's processor time. Kept, and
-# in huge pages, it costs nothing. Read when a process starts, so it is set for child processes.
-KEEP_MEMORY = ':'.join(
-  f'glibc.malloc.{setting}'
-  for setting in ('hugetlb=1', 'mmap_max=0', 'trim_threshold=4000000000', 'arena_max=1')
-)
+# zeroes it again page by page in the next: a quarter of the quickstart's processor time. In huge
+# pages it costs little. Read when a process starts, so it is set for child processes; the launch
+# scripts set the same.
+KEEP_MEMORY = 'glibc.malloc.hugetlb=1'
 
 
 def context(device: str | None = None) -> dict[str, Any]:
@@ -37,6 +35,7 @@ def context(device: str | None = None) -> dict[str, Any]:
       'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
       'load_average': round(os.getloadavg()[0], 2),
     },
+    'glibc_tunables': os.environ.get('GLIBC_TUNABLES', ''),
     'versions': {'python': platform.python_version()} | _versions('jax', 'flax', 'numpy', 'torch'),
   }
 

@@ -61,8 +61,6 @@ def train(flags: argparse.Namespace, seed: int) -> dict[str, float | None]:
   command += [f'--workdir={workdir}', f'--config.seed={seed}']
   paths = [str(report.ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
   environment = os.environ | {'PYTHONPATH': os.pathsep.join(paths)}
-  if flags.keep_memory:
-    environment['GLIBC_TUNABLES'] = report.KEEP_MEMORY
   began = time.perf_counter()
   process = subprocess.Popen(command, env=environment)
   _, status, usage = os.wait4(process.pid, 0)
@@ -208,6 +206,8 @@ def load(flags: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
   flags = parse()
   result = load(flags)
+  if flags.keep_memory:
+    os.environ['GLIBC_TUNABLES'] = report.KEEP_MEMORY
   rows = {one['seed']: one for one in result['rows']}
   for seed in [] if flags.redraw else flags.seeds:
     if seed in rows:

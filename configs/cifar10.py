@@ -15,7 +15,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """`arg`: smoke, data=SOURCE, name=TFDS_NAME, path=DIR."""
   given = config_lib.parse_arg(arg, smoke=False, data='folder', name='', path='')
   c = config_lib.sibling(__file__, 'vit_b.py', 'smoke' if given.smoke else '')
-  if given.smoke and not given.path:
+  if given.smoke and given.data == 'folder' and not given.path:
     return c  # On vit_b.py's embedded photographs.
   c.data.update({'source': given.data, 'name': given.name, 'path': given.path})
   if given.smoke:

@@ -58,7 +58,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.model.mlp_ratio = 4.0
   c.model.drop_path = 0.1  # Student only; linear over depth.
   c.model.layer_scale = 0.0  # 0: none.
-  c.model.remat = 'none'  # Or 'block': recompute each block in the backward pass.
+  c.model.remat = (
+    'none'  # Recomputed in the backward pass: 'elementwise' (all but products) or 'block' (all).
+  )
+  c.model.attention = 'auto'  # Or 'xla', 'cudnn' (NVIDIA, bfloat16).
+  c.model.scan_unroll = 1  # Blocks an iteration of the scan over layers.
   c.model.dtype = (
     'auto'  # Compute type: bfloat16 on TPU and GPU, float32 on CPU. Parameters, spectra, norms and
   )

@@ -31,7 +31,8 @@ FREE_TO_CHANGE = (
   'data.threads',
   'data.prefetch',
   'data.max_bad_share',
-  'data.path',
+  'data.path',  # Where the images lie may change; that they are the same ones the loop checks.
+  'model.remat',
 )
 
 _AT_LEAST_ONE = (
@@ -157,6 +158,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
   if config.batch_size % config.accumulate:
     raise UserError(
       f'config.batch_size {config.batch_size} is not a multiple of config.accumulate {config.accumulate}.'
+    )
+  if config.accumulate > 1 and dict(config.objective).get('reduce') == 'pooled':
+    raise UserError(
+      "config.objective.reduce 'pooled' is one mean over the whole batch and config.accumulate is "
+      f"{config.accumulate}: use accumulate 1, or reduce 'per_image'."
     )
 
 

@@ -108,6 +108,9 @@ def export(
     print(f'largest difference from timm: {about["verified_max_difference"]:.2e}')
   if kind == 'npz':
     state = timm_lib.to_big_vision(backbone, heads=config['model']['heads'])
+    about['args'] = about['args'] | {
+      'no_embed_class': True
+    }  # Its class token holds its position already.
   _write(out, kind, state, about)
   return out
 

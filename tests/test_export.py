@@ -54,6 +54,8 @@ def test_the_description_says_model_and_preprocessing(workdir, tmp_path):
 
 def test_big_vision_layout(workdir, tmp_path):
   out = export.export(str(workdir[0]), kind='npz', out=str(tmp_path / 'w.npz'))
+  # Its class token holds its position already.
+  assert json.loads((tmp_path / 'w.json').read_text())['args']['no_embed_class'] is True
   with np.load(out, allow_pickle=False) as archive:
     name = 'params/Transformer/encoderblock_1/MultiHeadDotProductAttention_0/query/kernel'
     assert archive[name].shape == (48, 3, 16)

@@ -2,13 +2,14 @@
 
 from folk_jax.data.pipeline import Batches, eval_batches, train_batches
 from folk_jax.data.settings import DataSettings
-from folk_jax.data.sources import SOURCES, Source, make_source
+from folk_jax.data.sources import SOURCES, MissingSplit, Source, make_source
 from folk_jax.data.views import ViewSettings
 
 __all__ = [
   'SOURCES',
   'Batches',
   'DataSettings',
+  'MissingSplit',
   'Source',
   'ViewSettings',
   'eval_batches',

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from folk_jax.data.settings import DataSettings
-from folk_jax.data.sources import TEST_SPLITS, Source
+from folk_jax.data.sources import TEST_SPLITS, MissingSplit, Source
 from folk_jax.errors import UserError
 
 
@@ -55,7 +55,7 @@ def split_folder(settings: DataSettings, split: str) -> str:
   names = (
     f"'{wanted}'" if wanted else ', '.join(f"'{name}'" for name in TEST_SPLITS[:-1]) + " or 'test'"
   )
-  raise UserError(
+  raise MissingSplit(
     f"'{path}' holds no folder {names} for the {split} split; add one, or set data.{split}_split"
   )
 

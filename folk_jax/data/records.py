@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from folk_jax.data.settings import DataSettings
-from folk_jax.data.sources import TEST_SPLITS, Source
+from folk_jax.data.sources import TEST_SPLITS, MissingSplit, Source
 from folk_jax.errors import UserError
 
 INDEX = 'index.json'
@@ -86,7 +86,7 @@ class ArrayRecordSource(Source):
     name = next((n for n in ((wanted,) if wanted else TEST_SPLITS) if n in splits), None)
     if name is None:
       known = ', '.join(sorted(splits)) or 'none'
-      raise UserError(
+      raise MissingSplit(
         f"'{settings.path}' has no split '{wanted or ' / '.join(TEST_SPLITS)}'; known: {known}; "
         f'set data.{split}_split or prepare that split'
       )

@@ -20,6 +20,10 @@ SPLITS = ('train', 'test')
 TEST_SPLITS = ('validation', 'val', 'test')
 
 
+class MissingSplit(UserError):
+  """The data are there, and the split isn't."""
+
+
 class Source:
   """A numbered list of images; subclasses give `__len__`, `read` and `name`, and may give
   `class_names`.

@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 from folk_jax.data.settings import DataSettings
-from folk_jax.data.sources import TEST_SPLITS, Source
+from folk_jax.data.sources import TEST_SPLITS, MissingSplit, Source
 from folk_jax.errors import UserError
 
 
@@ -171,7 +171,7 @@ def _choose_split(builder: Any, settings: DataSettings, split: str) -> str:
   if not wanted:
     wanted = next((name for name in TEST_SPLITS if name in known), '')
   if re.split(r'[\[+]', wanted)[0] not in known:
-    raise UserError(
+    raise MissingSplit(
       f"TFDS set '{builder.info.full_name}' has no split '{wanted or ' / '.join(TEST_SPLITS)}'; "
       f'known: {", ".join(known)}; set data.{split}_split'
     )

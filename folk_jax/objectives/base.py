@@ -40,6 +40,7 @@ class Objective(Protocol):
   `teacher_parts` (an EMA of the student's), or None where the run keeps no teacher.
   """
 
+  parts: 'Parts'  # What it was built from.
   teacher_parts: tuple[str, ...]  # Top-level keys of `params` that the teacher mirrors.
 
   def init(self, rng: jax.Array, batch: Batch) -> tuple[dict[str, Any], Any]:

@@ -13,7 +13,6 @@ from absl import logging
 from jax.sharding import Mesh
 
 from folk_jax import data
-from folk_jax.errors import UserError
 from folk_jax.evals import features, knn
 from folk_jax.signal.augment import normalise
 from folk_jax.train import sharding
@@ -92,7 +91,7 @@ def _held_out(settings: data.DataSettings) -> data.Source | None:
   """The test split; None, said in a warning, where the data have none and none was asked for by name."""
   try:
     return data.make_source(settings, 'test')
-  except UserError as error:
+  except data.MissingSplit as error:
     if settings.test_split:
       raise
     logging.warning('no evaluation during this run: %s', error)

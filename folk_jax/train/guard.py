@@ -73,11 +73,11 @@ class Guard:
         'objective.centre_momentum, a lower optimizer.learning_rate or a lower optimizer.weight_decay.',
       )
 
-  def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
-    """The part of `check` that may also run between log points: it counts nothing."""
+  def check_finite(self, step: int, metrics: Mapping[str, float]) -> bool:
+    """Whether the numbers are finite; the part of `check` that may also run between log points: it counts nothing."""
     finite = not metrics.get('nonfinite') and math.isfinite(metrics['loss'])
     if finite or self._warned_nonfinite:
-      return
+      return finite
     self._warned_nonfinite = True
     self._act(
       self._settings.on_nonfinite,
@@ -85,6 +85,7 @@ class Guard:
       'last checkpoint is from before. Try a lower optimizer.learning_rate, a longer warm-up, a smaller '
       'optimizer.clip, or model.dtype=float32.',
     )
+    return False
 
   def _lasts(self, what: str, now: bool) -> bool:
     """True once, when `now` has held for `patience` checks in a row."""

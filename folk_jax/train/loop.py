@@ -1,6 +1,7 @@
 """One pre-training run, from a configuration to a workdir: this file joins the rooms."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -57,7 +58,11 @@ def _set_compilation_cache(path: str) -> None:
 
 
 def _first_state(
-  config: ml_collections.ConfigDict, run: Run, checkpoints: checkpoint.Checkpoints, mesh: Mesh
+  config: ml_collections.ConfigDict,
+  run: Run,
+  source: data.Source,
+  checkpoints: checkpoint.Checkpoints,
+  mesh: Mesh,
 ) -> TrainState:
   """The newest checkpoint's state, or one at step 0, on the mesh."""
   key = jax.random.key(config.seed)
@@ -69,7 +74,12 @@ def _first_state(
       abstract,
       shardings,
     )
-    state, _ = checkpoints.restore(placed)
+    state, about = checkpoints.restore(placed)
+    if about['data'] != _identity(source):
+      raise UserError(
+        f'the run in this workdir saw {about["data"]["images"]} images and config.data now gives '
+        f'{len(source)}, or other classes: give the data of the run, or another --workdir.'
+      )
     return state
   loaded = {}
   if config.init_from:
@@ -77,6 +87,12 @@ def _first_state(
       config.init_from, abstract.params, image_size=config.image_size, patch=config.model.patch
     )
   return jax.jit(run.new_state, out_shardings=shardings)(key, loaded)
+
+
+def _identity(source: data.Source) -> dict[str, Any]:
+  """What a resumed run's data must share with the run's: number of images, and names of classes."""
+  names = hashlib.sha256('\n'.join(source.class_names).encode()).hexdigest()
+  return {'images': len(source), 'classes': names[:16]}
 
 
 def compile_step(run: Run, state: Any, mesh: Mesh) -> Any:
@@ -114,7 +130,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
     config.checkpoint.asynchronous,
   )
   with jax.set_mesh(mesh), checkpoints:
-    state = _first_state(config, run, checkpoints, mesh)
+    state = _first_state(config, run, source, checkpoints, mesh)
     _train(config, workdir, run, state, source, settings, checkpoints, mesh)
 
 
@@ -147,10 +163,11 @@ def _train(
     tensorboard=config.logging.tensorboard,
     wandb=config.logging.wandb,
     config=config.to_dict(),
-    start_step=start,
+    start_step=start or -1,  # At 0 nothing counts yet, not even an evaluation of step 0.
     primary=primary,
   )
   progress = metrics.Progress(total, start, enabled=primary and config.logging.progress)
+  about = {'config': json.loads(config_lib.to_json(config)), 'data': _identity(source)}
   if start:
     progress.say(f'resuming {workdir} at step {start} of {total}')
 
@@ -196,16 +213,18 @@ def _train(
       if last or step % config.log_every == 0:
         late.push(step, values)
       saves = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
-      if saves:
-        report(late.flush())
-        guard.check_finite(step, {name: float(value) for name, value in values.items()})
-      # Before the save: a step that is saved has been evaluated, whenever the run is killed.
-      if last or (config.eval_every and step % config.eval_every == 0):
+      evaluates = last or (config.eval_every and step % config.eval_every == 0)
+      if not (saves or evaluates):
+        continue
+      report(late.flush())
+      if not guard.check_finite(step, {name: float(value) for name, value in values.items()}):
+        continue  # Neither judged nor saved: the last checkpoint stays the last good one.
+      # The evaluation first: a step that is saved has been evaluated, whenever the run is killed.
+      if evaluates:
         evaluate(step)
       if saves:
         with timer.paused():
-          about = {'step': step, 'config': json.loads(config_lib.to_json(config))}
-          checkpoints.save(step, state, about, force=last)
+          checkpoints.save(step, state, about | {'step': step}, force=last)
     if batches.bad_count:
       logging.warning(
         '%d undecodable images were replaced: %s', batches.bad_count, batches.bad_names

@@ -44,5 +44,9 @@ def test_without_labels_only_reconstruction(tmp_path):
 def test_without_held_out_images_none_unless_asked_for_by_name(tmp_path):
   write_images(tmp_path / 'flat', [(i, 90, 200) for i in range(9)])
   assert evaluate(tmp_path / 'flat') == {}
+  (tmp_path / 'empty' / 'val').mkdir(parents=True)
+  write_images(tmp_path / 'empty' / 'train', [(i, 90, 200) for i in range(9)])
+  with pytest.raises(UserError, match='no images'):
+    evaluate(tmp_path / 'empty')
   with pytest.raises(UserError, match='holdout'):
     evaluate(tmp_path / 'flat', test_split='holdout')

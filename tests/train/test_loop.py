@@ -14,6 +14,7 @@ import pytest
 
 from folk_jax import checkpoint
 from folk_jax import config as config_lib
+from folk_jax.errors import UserError
 from folk_jax.train import loop, metrics
 from folk_jax.train.guard import RunStopped
 
@@ -201,3 +202,29 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(folder):
   # Step 2 is no log point: the check stands before the checkpoint itself.
   assert not list((workdir / 'checkpoints').glob('[0-9]*'))
   assert json.loads((workdir / 'config.json').read_text())['log_every'] == 100
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_after_such_numbers_saves_none_of_them(folder):
+  workdir = folder / 'going_on'
+  config = make_config(
+    **{
+      'optimizer.learning_rate': 1e30,
+      'optimizer.warmup_epochs': 0.0,
+      'guard.on_nonfinite': 'warn',
+    }
+  )
+  loop.pretrain(config, str(workdir))
+  assert not list((workdir / 'checkpoints').glob('[0-9]*'))
+
+
+@pytest.mark.slow
+def test_other_data_than_the_runs_are_refused(uninterrupted, folder):
+  config = make_config(**{'data.limit': 41})
+  saved = json.loads((uninterrupted / 'config.json').read_text())
+  copied = shutil.copytree(uninterrupted, folder / 'copied')
+  # As if the same path held one image more.
+  saved['data']['limit'] = 41
+  (copied / 'config.json').write_text(json.dumps(saved))
+  with pytest.raises(UserError, match='saw .* images and config.data now gives'):
+    loop.pretrain(config, str(copied))
