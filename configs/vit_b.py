@@ -61,7 +61,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.model.remat = (
     'none'  # Recomputed in the backward pass: 'elementwise' (all but products) or 'block' (all).
   )
-  c.model.attention = 'auto'  # Or 'xla', 'cudnn' (NVIDIA, bfloat16).
+  c.model.attention = 'xla'  # Or 'cudnn' (NVIDIA GPUs, bfloat16).
   c.model.scan_unroll = 1  # Blocks an iteration of the scan over layers.
   c.model.dtype = (
     'auto'  # Compute type: bfloat16 on TPU and GPU, float32 on CPU. Parameters, spectra, norms and

@@ -208,9 +208,9 @@ def test_of_many_differences_four_are_shown():
 
 def test_a_key_that_one_side_lacks_is_a_difference():
   saved = json.loads(config_lib.to_json(recipe()))
-  del saved['model']['remat']
+  del saved['model']['drop_path']
   message = refusal(config_lib.check_same_run, saved, recipe(), '/runs/a')
-  assert "model.remat was None, now 'none'" in message
+  assert 'model.drop_path was None, now 0.1' in message
 
 
 def test_json_is_whole_and_stable():
