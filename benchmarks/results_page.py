@@ -98,7 +98,7 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] 
     'CIFAR-10 (JPEG)',
     'cifar10_cpu',
     'python benchmarks/seeds.py --config=configs/cifar10.py:path=data/cifar10 '
-    '--out=benchmarks/results/cifar10_cpu.json --workdir=runs/seeds_cifar10',
+    '--out=benchmarks/results/cifar10_cpu.json --workdir=runs/seeds_cifar10 --title="CIFAR-10 (JPEG)"',
     _seeds,
   ),
   ('The filter on a CPU', 'filter_cpu', 'python benchmarks/filter.py', _filter),

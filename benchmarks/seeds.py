@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
   add(
     '--keep-memory', action=argparse.BooleanOptionalAction, default=True, help='tune glibc malloc'
   )
+  add('--title', help='of the figure (default the recipe)')
   add('--redraw', action='store_true', help='only the figure and the table, from the JSON')
   add('flags', nargs='*', metavar='-- FLAGS', help='further flags of folk_jax.main')
   flags = parser.parse_args()
@@ -222,7 +223,7 @@ def main() -> None:
     raise UserError(f'{flags.out} holds no finished seed: run this without --redraw first')
   show(result['rows'])
   processor = result['machine']['processor']
-  title = f'{result["recipe"]["config"]}, {result["machine"]["cores"]} cores of {processor}'
+  title = f'{flags.title or result["recipe"]["config"]}, {result["machine"]["cores"]} cores of {processor}'
   draw(result['rows'], f'{title}, {result["date"][:10]}', flags.figure)
   print(f'written to {flags.out} and {flags.figure}')
 
