@@ -3,10 +3,8 @@
 Shapes: V views, H height, W width, S output size. Everything else that augments (colour, blur,
 solarise) runs on the device, in `folk_jax.signal.augment`.
 
-Two resamplers, for two purposes. Training crops use OpenCV: `INTER_AREA` where both sides shrink,
-because OpenCV's cubic does not antialias, and `INTER_CUBIC` otherwise. It is 2 to 5 times faster
-than Pillow's bicubic, and on 300 ImageNet-like photographs it lies closer to Pillow's bicubic (46 /
-44 / 40 dB PSNR at 224 / 128 / 32 pixels) than Pillow's own bilinear does (41 / 41 / 38 dB).
+Two resamplers, for two purposes. Training crops use OpenCV: `INTER_AREA` where both sides shrink, because
+OpenCV's cubic does not antialias, and `INTER_CUBIC` otherwise; it is faster than Pillow's bicubic and close to it.
 Evaluation uses Pillow, bit for bit as timm does.
 """
 
