@@ -159,7 +159,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise UserError(
       f'config.batch_size {config.batch_size} is not a multiple of config.accumulate {config.accumulate}.'
     )
-  if config.accumulate > 1 and dict(config.objective).get('reduce') == 'pooled':
+  if config.accumulate > 1 and ('reduce', 'pooled') in config.objective.items():
     raise UserError(
       "config.objective.reduce 'pooled' is one mean over the whole batch and config.accumulate is "
       f"{config.accumulate}: use accumulate 1, or reduce 'per_image'."

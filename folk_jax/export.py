@@ -21,45 +21,48 @@ from folk_jax.errors import UserError
 from folk_jax.interop import timm as timm_lib
 from folk_jax.signal.augment import normalise
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'The run to export.')
-_STEP = flags.DEFINE_integer(
-  'step', None, 'The checkpoint to read; the newest by default.', lower_bound=0
-)
-_WHICH = flags.DEFINE_enum('which', 'teacher', ['teacher', 'student'], 'Whose backbone.')
-_FORMAT = flags.DEFINE_enum(
-  'format',
-  'timm',
-  ['timm', 'npz'],
-  "timm: .safetensors with timm's names; npz: big_vision's layout.",
-)
-_OUT = flags.DEFINE_string(
-  'out',
-  None,
-  'The file, ending in .safetensors (timm) or .npz; by default WORKDIR/export/<which>_<step>.',
-)
-_VERIFY = flags.DEFINE_bool(
-  'verify',
-  False,
-  "Compare features with timm's own forward on random images (needs torch and timm).",
-)
-flags.mark_flag_as_required('workdir')
-
 _ENDINGS = {'timm': '.safetensors', 'npz': '.npz'}
 _UNDER = {'student': ('params', 'backbone'), 'teacher': ('opt_state', '**', 'teacher', 'backbone')}
 # Features after the final norm are of order 1, and float32 agrees to about 1e-6 times the depth.
 VERIFY_TOLERANCE = 1e-4
 
 
+def _define_flags() -> None:
+  """The command's flags; not at import, where `workdir` and `out` would meet other commands' own."""
+  flags.DEFINE_string('workdir', None, 'The run to export.', required=True)
+  flags.DEFINE_integer(
+    'step', None, 'The checkpoint to read; the newest by default.', lower_bound=0
+  )
+  flags.DEFINE_enum('which', 'teacher', ['teacher', 'student'], 'Whose backbone.')
+  flags.DEFINE_enum(
+    'format',
+    'timm',
+    ['timm', 'npz'],
+    "timm: .safetensors with timm's names; npz: big_vision's layout.",
+  )
+  flags.DEFINE_string(
+    'out',
+    None,
+    'The file, ending in .safetensors (timm) or .npz; by default WORKDIR/export/<which>_<step>.',
+  )
+  flags.DEFINE_bool(
+    'verify',
+    False,
+    "Compare features with timm's own forward on random images (needs torch and timm).",
+  )
+
+
 def main(argv: Sequence[str]) -> None:
   """Exports what the flags name and says where it went."""
   del argv
+  values = flags.FLAGS
   out = export(
-    _WORKDIR.value,
-    step=_STEP.value,
-    which=_WHICH.value,
-    kind=_FORMAT.value,
-    out=_OUT.value,
-    verify=_VERIFY.value,
+    values.workdir,
+    step=values.step,
+    which=values.which,
+    kind=values.format,
+    out=values.out,
+    verify=values.verify,
   )
   print(f'wrote {out} and {_beside(out)}')
 
@@ -228,4 +231,5 @@ def _beside(out: str) -> str:
 
 
 if __name__ == '__main__':
+  _define_flags()
   cli.run(main)

@@ -85,6 +85,8 @@ def start(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    # A test run in the background of a shell has SIGINT ignored, and children inherit that.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
 
 

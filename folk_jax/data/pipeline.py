@@ -10,11 +10,8 @@ Grain is imported where it is used: it imports jax wherever jax is installed, an
 load without.
 """
 
-import gc
 import math
-import os
 import pickle
-import shutil
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +19,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
+from folk_jax.data import transport
 from folk_jax.data.decode import BadImage, decode
 from folk_jax.data.settings import DataSettings
 from folk_jax.data.sources import Source
@@ -31,8 +29,8 @@ from folk_jax.errors import UserError
 # A sample that does not decode is replaced by the next that does, at most so far away: a data set
 # with a longer bad stretch is broken, and a worker must not search it for ever.
 MAX_SKIPS = 64
-# Smaller arrays travel faster through the pipe than through a shared-memory file of their own.
-_MIN_SHARED_BYTES = 1 << 16
+# More bytes than any array has: Grain's own shared memory stays out of it.
+_NEVER = 1 << 62
 # The number of samples passed over to fill a row; taken out of the batch before the caller sees it.
 _SKIPPED = 'skipped'
 
@@ -137,9 +135,6 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
   A batch holds `views` uint8 [B, V, S, S, 3], `label` int32 [B] (-1 unknown), `index` int64 [B]
   (the sample's number in the source, -1 on padding) and `valid` bool [B].
-
-  Attributes:
-    bad_names: the samples met so far that do not decode, by name, in the order met.
   """
 
   def __init__(
@@ -148,14 +143,20 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     source: Source,
     settings: DataSettings,
     training: bool,
+    ring: transport.Ring | None,
   ):
     self._rows = rows
     self._source = source
     self._settings = settings
     self._training = training
+    self._ring = ring
     self._closed = False
-    self._bad: set[int] = set()
-    self.bad_names: list[str] = []
+    self._bad: dict[int, str] = {}
+
+  @property
+  def bad_names(self) -> list[str]:
+    """The samples met so far that do not decode, by name, in the order met."""
+    return list(self._bad.values())
 
   @property
   def bad_count(self) -> int:
@@ -166,6 +167,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     if self._closed:
       raise ValueError('these batches are closed')
     batch = dict(next(self._rows))
+    if self._ring:
+      batch = self._ring.receive(batch)
     skipped_B = batch.pop(_SKIPPED)
     for row in np.flatnonzero(skipped_B):
       self._report(int(batch['index'][row]), int(skipped_B[row]))
@@ -180,18 +183,16 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     for bad in ((first + i) % size for i in range(skipped)):
       if bad in self._bad:
         continue
-      self._bad.add(bad)
-      self.bad_names.append(self._source.name(bad))
-      logging.warning(
-        'skipping a bad file: %s (%s)', self.bad_names[-1], _reason(self._source, bad)
-      )
+      self._bad[bad] = self._source.name(bad)
+      logging.warning('skipping a bad file: %s (%s)', self._bad[bad], _reason(self._source, bad))
     share = self._settings.max_bad_share
     if len(self._bad) > share * size:
       self.close()
+      number, name = next(iter(self._bad.items()))
       raise UserError(
         f'{len(self._bad)} of {size} samples do not decode, more than '
         f'data.max_bad_share={share:g} allows; '
-        f'the first: {self.bad_names[0]} ({_reason(self._source, min(self._bad))}); '
+        f'the first: {name} ({_reason(self._source, number)}); '
         'mend or remove them, or raise data.max_bad_share'
       )
     if self._training and skipped >= min(size, MAX_SKIPS):
@@ -206,12 +207,11 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     if self._closed:
       return
     self._closed = True
+    if self._ring:
+      self._ring.stop()
     self._rows.close()
-    if self._settings.workers:
-      # Grain's iterator and the last batches hold each other; what is not freed before Python exits
-      # stays in shared memory until the resource tracker finds it, with a warning.
-      self._rows = iter(())
-      gc.collect()
+    if self._ring:
+      self._ring.close()
 
   def __enter__(self) -> 'Batches':
     return self
@@ -237,48 +237,37 @@ def _rows_per_process(batch_size: int, process_count: int) -> int:
   return batch_size // process_count
 
 
-def _iterate(
-  dataset: Any, settings: DataSettings, batch_bytes: int
-) -> Iterator[dict[str, np.ndarray]]:
+def _stream(
+  dataset: Any, source: Source, settings: DataSettings, training: bool, views_shape: tuple[int, ...]
+) -> Batches:
   """Reads a Grain MapDataset of batches in threads, of this process or of workers."""
   import grain
 
-  # A worker needs its threads only to wait for storage: the cores are filled by the number of
-  # workers.
   reading = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=settings.prefetch)
   batches = dataset.to_iter_dataset(reading)
+  ring, waiting = None, 1
   if settings.workers:
-    if (
-      not flags.FLAGS.is_parsed()
-    ):  # Grain reads flags, and fails where no absl app has parsed them
+    if not flags.FLAGS.is_parsed():  # Grain reads flags: it fails where no absl app has parsed them
       flags.FLAGS.mark_as_parsed()
-    least = _MIN_SHARED_BYTES
-    in_flight = settings.workers * 3 * batch_bytes
-    if _free_shared_memory() < in_flight:
-      least = 1 << 62
+    if transport.has_room(settings.workers, views_shape):
+      ring = transport.Ring(settings.workers, views_shape)
+      # Addresses only; with room for all, a worker waits in the ring alone, which knows when to
+      # give up.
+      waiting = transport.SLOTS + 1
+      batches = batches.map(ring.send)
+    else:
+      needed = transport.ring_bytes(settings.workers, views_shape) >> 20
       warnings.warn(
-        f'/dev/shm has less free than the {in_flight >> 20} MiB that {settings.workers} workers '
-        'need; batches go through pipes, which is slower (in Docker: --shm-size=8g)',
+        f'/dev/shm has less free than the {needed} MiB that {settings.workers} workers need; '
+        'batches go through pipes, which is slower (in Docker: --shm-size=8g)',
         stacklevel=3,
       )
-    batches = grain.experimental.WithOptionsIterDataset(
-      batches, grain.experimental.DatasetOptions(min_shm_size=least)
+    options = grain.experimental.DatasetOptions(min_shm_size=_NEVER)
+    batches = grain.experimental.WithOptionsIterDataset(batches, options).mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=waiting),
+      worker_init_fn=transport.set_worker,
     )
-    batches = batches.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=1)
-    )
-  return iter(batches)
-
-
-def _free_shared_memory() -> int:
-  """Free bytes where POSIX shared memory lives; a page too many there kills the writer without a
-  word.
-  """
-  return shutil.disk_usage('/dev/shm').free if os.path.isdir('/dev/shm') else 1 << 62
-
-
-def _batch_bytes(settings: DataSettings, rows: int, views: int) -> int:
-  return rows * views * settings.image_size**2 * 3
+  return Batches(iter(batches), source, settings, training, ring)
 
 
 def train_batches(
@@ -325,8 +314,8 @@ def train_batches(
     ]
     .batch(rows, drop_remainder=True)[step:]
   )
-  batch_bytes = _batch_bytes(settings, rows, task.views_per_row)
-  return Batches(_iterate(dataset, settings, batch_bytes), source, settings, training=True)
+  shape = (rows, task.views_per_row, settings.image_size, settings.image_size, 3)
+  return _stream(dataset, source, settings, True, shape)
 
 
 def eval_batches(
@@ -362,6 +351,5 @@ def eval_batches(
     process_index::process_count
   ]
   dataset = dataset.batch(rows, drop_remainder=True)
-  return Batches(
-    _iterate(dataset, settings, _batch_bytes(settings, rows, 1)), source, settings, training=False
-  )
+  shape = (rows, 1, settings.image_size, settings.image_size, 3)
+  return _stream(dataset, source, settings, False, shape)

@@ -1,17 +1,29 @@
 """What holds across processes: the same stream from Grain's workers, errors that arrive, no jax."""
 
+import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from multiprocessing import shared_memory
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from folk_jax.data import DataSettings, eval_batches, make_source, pipeline, train_batches
+from folk_jax.data import (
+  DataSettings,
+  eval_batches,
+  make_source,
+  pipeline,
+  train_batches,
+  transport,
+)
 from folk_jax.errors import UserError
 
 
@@ -59,16 +71,85 @@ def test_workers_evaluate_and_end(settings, monkeypatch):
   source = make_source(settings(), 'train')
   with eval_batches(source, settings(), batch_size=10) as batches:
     wanted = [{key: np.array(x) for key, x in batch.items()} for batch in batches]
-  # Through shared memory, as large batches go, and through the pipe where there is no room.
-  monkeypatch.setattr(pipeline, '_MIN_SHARED_BYTES', 1)
   with eval_batches(source, settings(workers=2), batch_size=10) as batches:
     assert_same(list(batches), wanted)
-  monkeypatch.setattr(pipeline, '_free_shared_memory', lambda: 0)
+  monkeypatch.setattr(transport, 'has_room', lambda *_: False)
   with pytest.warns(UserWarning, match='/dev/shm has less free'):
     batches = eval_batches(source, settings(workers=1), batch_size=10)
   with batches:
     assert_same(list(batches), wanted)
     assert batches.bad_count == 1
+
+
+def test_a_ring_hands_views_over_waits_and_ends():
+  ring = transport.Ring(2, (2, 4, 3))
+  worker = pickle.loads(pickle.dumps(ring))
+  batches = [{'views': np.full((2, 4, 3), i, np.uint8), 'label': np.arange(i)} for i in range(9)]
+  for batch in batches:
+    assert_same([ring.receive(worker.send(batch))], [batch])
+
+  # A writer ahead of its reader waits for it; when the reader stops, it goes on.
+  sent = []
+  send = worker.send
+  writer = threading.Thread(target=lambda: sent.extend(map(send, batches)))
+  writer.start()
+  for number, batch in enumerate(batches[:3]):
+    while len(sent) <= number:
+      time.sleep(0.001)
+    time.sleep(0.01)
+    assert len(sent) <= number + transport.SLOTS
+    assert_same([ring.receive(sent[number])], [batch])
+  ring.stop()
+  writer.join(timeout=10)
+  assert len(sent) == len(batches)
+  with pytest.raises(RuntimeError, match='slot of batch 17 of worker 0 holds'):
+    ring.receive(sent[-1])
+
+  names = list(itertools.chain(*ring._names))
+  ring.close()
+  for name in names:
+    with pytest.raises(FileNotFoundError):
+      shared_memory.SharedMemory(name)
+
+
+@pytest.mark.slow
+def test_workers_end_and_shared_memory_is_freed_when_the_main_process_is_killed(tmp_path):
+  script = tmp_path / 'killed.py'
+  script.write_text(
+    textwrap.dedent("""
+      import multiprocessing, os, signal
+      from folk_jax.data import DataSettings, make_source, train_batches
+
+      if __name__ == '__main__':
+        settings = DataSettings(source='synthetic', image_size=32, workers=1)
+        source = make_source(settings, 'train')
+        batches = train_batches(source, settings, seed=0, step=0, batch_size=8)
+        next(batches)
+        names = [name for names in batches._ring._names for name in names]
+        print(multiprocessing.active_children()[0].pid, *names, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+  )
+  path = os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')])
+  with subprocess.Popen(
+    [sys.executable, str(script)],
+    env={**os.environ, 'PYTHONPATH': path},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+  ) as process:
+    pid, *names = process.stdout.readline().split()
+  assert process.returncode == -signal.SIGKILL
+
+  def left():
+    return os.path.exists(f'/proc/{pid}') or any(
+      os.path.exists(f'/dev/shm/{name}') for name in names
+    )
+
+  deadline = time.monotonic() + 60
+  while left() and time.monotonic() < deadline:
+    time.sleep(0.1)
+  assert not left()
 
 
 # In a process of its own: spawned workers import the script that holds the sources.
