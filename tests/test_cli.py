@@ -18,6 +18,7 @@ PROGRAM = '''
 
 For instance: %s --config=recipe.py --workdir=run
 """
+import signal
 import sys
 import time
 
@@ -39,6 +40,8 @@ def main(argv):
   if ACT.value == 'break':
     raise KeyError('a defect')
   if ACT.value == 'wait':
+    # A shell starts background jobs with SIGINT ignored, and their children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print('waiting', flush=True)
     time.sleep(60)
   if ACT.value == 'status':
@@ -85,8 +88,6 @@ def start(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    # A test run in the background of a shell has SIGINT ignored, and children inherit that.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
 
 

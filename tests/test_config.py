@@ -130,6 +130,10 @@ def test_a_recipe_that_is_not_there():
     ({'model.heads': 5}, 'config.model.width 48 is not a multiple of config.model.heads 5.'),
     ({'accumulate': 3}, 'config.batch_size 16 is not a multiple of config.accumulate 3.'),
     (
+      {'accumulate': 2, 'objective.reduce': 'pooled'},
+      "config.objective.reduce 'pooled' is one mean over the whole batch",
+    ),
+    (
       {'evaluation.which': 'techer'},
       "unknown config.evaluation.which 'techer'. Did you mean 'teacher'?",
     ),

@@ -13,7 +13,7 @@ load without.
 import math
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,61 @@ _NEVER = 1 << 62
 _SKIPPED = 'skipped'
 
 
+def _draw(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  """Keeps a sample's number and the state of Grain's generator for its place in the stream."""
+  state = rng.bit_generator.state['state']
+  return {'index': np.int64(index), 'state': np.concatenate([state['counter'], state['key']])}
+
+
+def _restore(rng: np.random.Generator, state: np.ndarray) -> None:
+  """Sets a Philox generator to what `_draw` kept."""
+  rng.bit_generator.state = {
+    'bit_generator': 'Philox',
+    'state': {'counter': state[:4], 'key': state[4:]},
+    'buffer': np.zeros(4, np.uint64),
+    'buffer_pos': 4,
+    'has_uint32': 0,
+    'uinteger': 0,
+  }
+
+
 class _Task:
-  """What a worker does with one sample; keeps errors in a form that survives the way back."""
+  """Makes a batch of the samples that a worker is given.
+
+  A whole batch at a time, because pictures made one by one and stacked afterwards cost half as much
+  again: small arrays come from pages that glibc keeps handing back, one large array does not.
+  """
+
+  views_per_row = 1
 
   def __init__(self, source: Source, settings: DataSettings):
     self._source = source
     self._settings = settings
+
+  def __call__(self, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    side, rows = self._settings.image_size, len(samples['index'])
+    batch = {
+      'views': np.empty((rows, self.views_per_row, side, side, 3), np.uint8),
+      'label': np.full(rows, -1, np.int32),
+      'index': samples['index'].copy(),
+      'valid': np.ones(rows, np.bool_),
+      _SKIPPED: np.zeros(rows, np.int32),
+    }
+    try:
+      self._fill(batch, samples)
+    except Exception as error:
+      # An error that cannot be pickled never arrives, and the main process would wait for ever.
+      try:
+        pickle.loads(pickle.dumps(error))
+      except Exception:
+        raise RuntimeError(f'{type(error).__name__}: {error}') from None
+      raise
+    batch['views'][~batch['valid']] = 0
+    return batch
+
+  def _fill(self, batch: dict[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> None:
+    """Sets every row of a batch; rows with `valid` False may keep any views."""
+    raise NotImplementedError
 
   def _read(self, index: int) -> tuple[np.ndarray, int]:
     """Returns pixels and label of a sample; BadImage also for a file that cannot be read."""
@@ -50,84 +99,64 @@ class _Task:
       raise BadImage(str(error)) from error
     return decode(data), label
 
-  def _guarded(self, make: Any, *args: Any) -> dict[str, np.ndarray]:
-    try:
-      return make(*args)
-    except Exception as error:
-      # A worker's error that cannot be pickled never arrives, and the main process would wait for
-      # ever.
-      try:
-        pickle.loads(pickle.dumps(error))
-      except Exception:
-        raise RuntimeError(f'{type(error).__name__}: {error}') from None
-      raise
-
-  def _row(
-    self, views: np.ndarray | None, label: int, index: int, skipped: int
-  ) -> dict[str, np.ndarray]:
-    valid = views is not None
-    if not valid:
-      side = self._settings.image_size
-      views = np.zeros((self.views_per_row, side, side, 3), np.uint8)
-    return {
-      'views': views,
-      'label': np.int32(label),
-      'index': np.int64(index),
-      'valid': np.bool_(valid),
-      _SKIPPED: np.int32(skipped),
-    }
-
 
 class _TrainTask(_Task):
-  """Index -> random views of that sample, or of the next one that decodes."""
+  """Random views of each sample, or of the next one that decodes."""
 
-  @property
-  def views_per_row(self) -> int:
-    return len(self._settings.views)
+  def __init__(self, source: Source, settings: DataSettings):
+    super().__init__(source, settings)
+    self.views_per_row = len(settings.views)
 
-  def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    return self._guarded(self._make, int(index), rng)
-
-  def _make(self, wanted: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def _fill(self, batch: dict[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> None:
     settings = self._settings
-    tries = min(len(self._source), MAX_SKIPS)
+    rng = np.random.Generator(np.random.Philox(0))
+    for row, (wanted, state) in enumerate(zip(samples['index'], samples['state'], strict=True)):
+      image_HWC, label, index, skipped = self._next_good(int(wanted))
+      batch['label'][row] = label
+      batch['index'][row] = index
+      batch[_SKIPPED][row] = skipped
+      batch['valid'][row] = image_HWC is not None
+      if image_HWC is not None:
+        _restore(rng, state)
+        for number, view in enumerate(settings.views):
+          batch['views'][row, number] = random_view(
+            image_HWC, settings.image_size, view, settings.interpolation, rng
+          )
+
+  def _next_good(self, wanted: int) -> tuple[np.ndarray | None, int, int, int]:
+    """Returns pixels (None where too many fail), label, index, and how many were passed over."""
+    size = len(self._source)
+    tries = min(size, MAX_SKIPS)
     for skipped in range(tries):
-      index = (wanted + skipped) % len(self._source)
+      index = (wanted + skipped) % size
       try:
         image_HWC, label = self._read(index)
       except BadImage:
         continue
-      views_VHWC = np.empty(
-        (self.views_per_row, settings.image_size, settings.image_size, 3), np.uint8
-      )
-      for view_HWC, view in zip(views_VHWC, settings.views, strict=True):
-        view_HWC[:] = random_view(image_HWC, settings.image_size, view, settings.interpolation, rng)
-      return self._row(views_VHWC, label, index, skipped)
-    return self._row(None, -1, wanted + tries, tries)
+      return image_HWC, label, index, skipped
+    return None, -1, wanted + tries, tries
 
 
 class _EvalTask(_Task):
-  """Index -> the centre view of that sample; an invalid row past the end and for a sample that does
-  not decode.
-  """
+  """The centre view of each sample; invalid past the end, and where a sample does not decode."""
 
-  views_per_row = 1
-
-  def __call__(self, index: int) -> dict[str, np.ndarray]:
-    return self._guarded(self._make, int(index))
-
-  def _make(self, index: int) -> dict[str, np.ndarray]:
+  def _fill(self, batch: dict[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> None:
     settings = self._settings
-    if index >= len(self._source):
-      return self._row(None, -1, -1, 0)
-    try:
-      image_HWC, label = self._read(index)
-    except BadImage:
-      return self._row(None, self._source.label(index), index, 1)
-    view_HWC = centre_view(
-      image_HWC, settings.image_size, settings.short_side, settings.interpolation
-    )
-    return self._row(view_HWC[None], label, index, 0)
+    for row, index in enumerate(samples['index'].tolist()):
+      if index >= len(self._source):
+        batch['index'][row] = -1
+        batch['valid'][row] = False
+        continue
+      try:
+        image_HWC, batch['label'][row] = self._read(index)
+      except BadImage:
+        batch['label'][row] = self._source.label(index)
+        batch['valid'][row] = False
+        batch[_SKIPPED][row] = 1
+        continue
+      batch['views'][row, 0] = centre_view(
+        image_HWC, settings.image_size, settings.short_side, settings.interpolation
+      )
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -303,17 +332,10 @@ def train_batches(
 
   rows = _rows_per_process(batch_size, process_count)
   task = _TrainTask(source, settings)
-  dataset = (
-    grain.MapDataset.range(len(source))
-    .seed(seed % 2**32)
-    .shuffle()
-    .repeat()
-    .random_map(task)[
-      # By process only after the draws are keyed: sliced before, processes would share their draws.
-      process_index::process_count
-    ]
-    .batch(rows, drop_remainder=True)[step:]
-  )
+  dataset = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat()
+  # By process only after the draws are keyed: sliced before, processes would share their draws.
+  dataset = dataset.random_map(_draw)[process_index::process_count]
+  dataset = dataset.batch(rows, drop_remainder=True)[step:].map(task)
   shape = (rows, task.views_per_row, settings.image_size, settings.image_size, 3)
   return _stream(dataset, source, settings, True, shape)
 
@@ -347,9 +369,8 @@ def eval_batches(
 
   rows = _rows_per_process(batch_size, process_count)
   padded = math.ceil(len(source) / batch_size) * batch_size
-  dataset = grain.MapDataset.range(padded).map(_EvalTask(source, settings))[
-    process_index::process_count
-  ]
-  dataset = dataset.batch(rows, drop_remainder=True)
+  dataset = grain.MapDataset.range(padded).map(lambda index: {'index': np.int64(index)})
+  dataset = dataset[process_index::process_count].batch(rows, drop_remainder=True)
+  dataset = dataset.map(_EvalTask(source, settings))
   shape = (rows, 1, settings.image_size, settings.image_size, 3)
   return _stream(dataset, source, settings, False, shape)
