@@ -106,10 +106,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.data.mean = (0.485, 0.456, 0.406)
   c.data.std = (0.229, 0.224, 0.225)
   c.data.workers = 16  # Processes a host; 0 decodes in threads.
-  c.data.threads = 16
-  c.data.prefetch = 4  # Batches ahead.
+  c.data.threads = 1  # In each of them.
+  c.data.prefetch = 1  # Batches ahead, in each worker; docs/data.md has the memory.
   c.data.max_bad_share = 0.01  # Undecodable files are skipped; past this share the run stops.
-  c.data.limit = 0  # Use the first so many samples; 0: all.
+  c.data.limit = 0  # Use so many samples, evenly spread; 0: all.
 
   view = {
     'scale': (0.14, 1.0),  # Crop's share of the area, cut and flipped on the host ...
