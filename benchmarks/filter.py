@@ -7,17 +7,14 @@ run by turns in one process, so that whatever else the machine does hits each al
 """
 
 import argparse
-import datetime
-import json
-import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 
 from folk_jax.signal import augment, fourier
 
@@ -122,16 +119,6 @@ def measure(runs: dict[str, Callable[[], jax.Array]], rounds: int) -> dict[str, 
   return milliseconds
 
 
-def processor() -> str:
-  """The CPU's name where Linux tells it, else the architecture's."""
-  cpuinfo = pathlib.Path('/proc/cpuinfo')
-  if cpuinfo.exists():
-    for line in cpuinfo.read_text().splitlines():
-      if line.startswith('model name'):
-        return line.partition(':')[2].strip()
-  return platform.machine()
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,36 +143,21 @@ def main() -> None:
   }
   result = {
     'what': f'{flags.batch} images of {flags.size}x{flags.size}x3, float32',
-    'command': f'python benchmarks/filter.py --batch {flags.batch} --size {flags.size}'
-    f' --rounds {flags.rounds}',
-    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'machine': {
-      'device': device.device_kind,
-      'processor': processor(),
-      'cores': os.cpu_count(),
-      'load_average': os.getloadavg()[0],
-    },
-    'versions': {
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-      'numpy': np.__version__,
-    },
+    **report.context(device.device_kind),
     'portions': PORTIONS,
     'median_ms': {name: round(value, 2) for name, value in median.items()},
     'best_ms': {name: round(min(times), 2) for name, times in milliseconds.items()},
     'plain_over_ours': {name: round(value, 2) for name, value in ratios.items()},
   }
-  out.parent.mkdir(parents=True, exist_ok=True)
-  out.write_text(json.dumps(result, indent=2) + '\n')
+  report.write_json(out, result)
 
   print(f'{result["what"]}, median of {flags.rounds} runs by turns, {device.device_kind}')
-  print(f'{"":24}{"median ms":>12}{"best ms":>12}')
-  for name in median:
-    print(f'{name:24}{median[name]:12.1f}{min(milliseconds[name]):12.1f}')
+  rows = [(name, value, result['best_ms'][name]) for name, value in result['median_ms'].items()]
+  print(report.table(('', 'median ms', 'best ms'), rows))
   for name, ratio in ratios.items():
     print(f'{name} takes {ratio:.1f} times as long as ours')
   print(f'written to {out}')
 
 
 if __name__ == '__main__':
-  main()
+  report.main(main)
