@@ -85,6 +85,12 @@ def parse() -> argparse.Namespace:
     help='glibc keeps freed memory, all sides',
   )
   add(
+    '--remat',
+    choices=('none', 'elementwise', 'block'),
+    default='none',
+    help='what our step recomputes (default none)',
+  )
+  add(
     '--quick', action='store_true', help='a ViT-Ti at 64 px, one short round: does it run at all?'
   )
   add(
@@ -120,7 +126,7 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
   config = load_recipe(str(report.ROOT / 'configs' / 'vit_s.py'), None)
   config.batch_size, config.image_size = flags.batch, flags.image_size
   config.model.update({'width': width, 'depth': depth, 'heads': heads, 'patch': flags.patch})
-  config.model.dtype = DTYPES[flags.dtype]
+  config.model.dtype, config.model.remat = DTYPES[flags.dtype], flags.remat
   config.projection.norm_last_layer = True  # as the peer
   config.optimizer.clip_by = 'global'  # as the peer
   if flags.side == 'ours':
@@ -181,7 +187,13 @@ def command(side: str, flags: argparse.Namespace) -> list[str]:
     for name in ('device', 'model', 'batch', 'image-size', 'patch', 'dtype', 'steps', 'warmup')
   ]
   if side.startswith('ours'):
-    return [sys.executable, str(pathlib.Path(__file__).resolve()), f'--side={side}', *same]
+    return [
+      sys.executable,
+      str(pathlib.Path(__file__).resolve()),
+      f'--side={side}',
+      f'--remat={flags.remat}',
+      *same,
+    ]
   compiled = '--compile' if side == 'peer_compiled' else '--no-compile'
   return [flags.peer_python, str(flags.peer), *same, compiled, *flags.peer_flags.split()]
 
@@ -245,7 +257,8 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
   names = ('device', 'model', 'batch', 'image_size', 'patch', 'dtype', 'rounds', 'steps', 'warmup')
   return {
     'settings': {
-      name: getattr(flags, name) for name in (*names, 'wait_policy', 'keep_memory', 'peer_flags')
+      name: getattr(flags, name)
+      for name in (*names, 'remat', 'wait_policy', 'keep_memory', 'peer_flags')
     },
     'images_per_second': {
       side: round(statistics.median(values), 3) for side, values in speed.items()
