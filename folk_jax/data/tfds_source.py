@@ -8,6 +8,8 @@ import re
 import threading
 from typing import Any
 
+from absl import logging
+
 from folk_jax.data.settings import DataSettings
 from folk_jax.data.sources import TEST_SPLITS, MissingSplit, Source
 from folk_jax.errors import UserError
@@ -94,7 +96,7 @@ def prepared_builder(name: str, path: str) -> Any:
     )
   else:
     builder = _named_builder(tfds, name, path)
-  if not builder.is_prepared():
+  if not _is_prepared(builder):
     builder = _prepare(tfds, builder, name, path)
   found = builder.info.file_format
   if found is None or found.value != 'array_record':
@@ -104,6 +106,16 @@ def prepared_builder(name: str, path: str) -> Any:
       f'without TensorFlow; in another data_dir, {_how_to_prepare(name or builder.name, "DIR")}'
     )
   return builder
+
+
+def _is_prepared(builder: Any) -> bool:
+  """TFDS warns that a set that is not prepared is not; our own line says that, with the cure."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    return builder.is_prepared()
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 def _import_tfds() -> Any:
@@ -149,6 +161,9 @@ def _prepare(tfds: Any, builder: Any, name: str, path: str) -> Any:
   """Downloads a set and prepares it as ArrayRecord; words what stands in the way."""
   missing = f"TFDS set '{name}' is not prepared at '{builder.data_dir}'"
   try:
+    # TFDS writes nothing without it, and says so only after it has made folders and printed a page.
+    import importlib_resources  # noqa: F401
+
     builder = tfds.builder(name, data_dir=path or None, file_format='array_record')
     builder.download_and_prepare()
     return builder

@@ -126,6 +126,8 @@ def test_a_set_that_is_not_prepared_says_how(tmp_path, monkeypatch):
 
 
 def test_files_to_fetch_by_hand_and_failed_downloads_are_said(tmp_path, monkeypatch):
+  # Where the extra `prepare` is installed; without it TFDS isn't asked at all.
+  monkeypatch.setitem(sys.modules, 'importlib_resources', importlib.resources)
   for error, words in ((AssertionError('Fetch\nby hand'), 'by hand'), (OSError('down'), 'failed')):
 
     def refuse(self, error=error, **kwargs):
