@@ -20,11 +20,15 @@ from folk_jax import checkpoint, cli, models
 from folk_jax.errors import UserError
 from folk_jax.interop import timm as timm_lib
 from folk_jax.signal.augment import normalise
+from folk_jax.train import initial
 
 _ENDINGS = {'timm': '.safetensors', 'npz': '.npz'}
 _UNDER = {'student': ('params', 'backbone'), 'teacher': ('opt_state', '**', 'teacher', 'backbone')}
-# Features after the final norm are of order 1, and float32 agrees to about 1e-6 times the depth.
+# Features after a final norm are of order 1, and float32 agrees to about 1e-6 times the depth. A ResNet
+# ends without a norm: where the features' root mean square is above 1, this is a share of it.
 VERIFY_TOLERANCE = 1e-4
+# Fields of a model that choose how it is computed; these run on any device.
+_PLAIN = {'dtype': 'float32', 'attention': 'xla'}
 
 
 def _define_flags() -> None:
@@ -93,7 +97,7 @@ def export(
 
   Raises:
     UserError: no such run or step, no teacher, a path that can't be written or has another format's
-      ending, or features that differ.
+      ending, a format that the model has not, or features that differ.
   """
   if out is not None and not out.endswith(_ENDINGS[kind]):
     # timm, numpy and load_timm_file go by the ending.
@@ -101,19 +105,26 @@ def export(
   config = read_config(workdir)
   if which == 'teacher' and not config['teacher']['enabled']:
     raise UserError(f'{workdir} was trained without a teacher: export --which=student')
+  if kind not in timm_lib.NAMES[config['model']['name']].layouts:
+    raise UserError(
+      f"--format={kind} is big_vision's layout of a ViT and this run's model is"
+      f' {config["model"]["name"]!r}: export with --format=timm'
+    )
   directory = str(epath.Path(workdir).expanduser() / 'checkpoints')
   backbone, _, step = checkpoint.read_subtree(directory, _UNDER[which], step)
   out = out or str(epath.Path(workdir).expanduser() / 'export' / f'{which}_{step}{_ENDINGS[kind]}')
   about = describe(config) | {'which': which, 'step': step}
-  state = timm_lib.to_timm(backbone)
+  statistics = {}
+  if timm_lib.statistics_shapes(backbone):
+    statistics = initial.read_statistics(directory, which, step)
+  state = timm_lib.to_timm(backbone, statistics)
   if verify:
-    about['verified_max_difference'] = verify_with_timm(config, backbone, state, about)
+    about['verified_max_difference'] = verify_with_timm(config, backbone, statistics, state, about)
     print(f'largest difference from timm: {about["verified_max_difference"]:.2e}')
   if kind == 'npz':
     state = timm_lib.to_big_vision(backbone, heads=config['model']['heads'])
-    about['args'] = about['args'] | {
-      'no_embed_class': True
-    }  # Its class token holds its position already.
+    # Its class token holds its position already.
+    about['args'] = about['args'] | {'no_embed_class': True}
   _write(out, kind, state, about)
   return out
 
@@ -133,12 +144,9 @@ def read_config(workdir: str) -> dict[str, Any]:
 
 def describe(config: Mapping[str, Any]) -> dict[str, Any]:
   """The timm model, its arguments and the preprocessing that a run's weights want."""
-  model, data = config['model'], config['data']
-  fields = {name: model[name] for name in ('width', 'depth', 'heads', 'patch', 'mlp_ratio')}
-  size = config['image_size']
-  timm_model = timm_lib.timm_model(
-    image_size=size, layer_scale=model['layer_scale'] or None, **fields
-  )
+  model, data, size = config['model'], config['data'], config['image_size']
+  fields = {field: model[field] for field in timm_lib.NAMES[model['name']].fields}
+  timm_model = timm_lib.timm_model(model['name'], image_size=size, **fields)
   short_side = data['test_resize'] or int(size * 256 / 224)
   return timm_model | {
     'preprocessing': {
@@ -155,11 +163,12 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
 def verify_with_timm(
   config: Mapping[str, Any],
   backbone: Mapping[str, Any],
+  statistics: Mapping[str, Any],
   state: Mapping[str, np.ndarray],
   about: Mapping[str, Any],
 ) -> float:
-  """The largest absolute difference between our features and timm's, class token and patch tokens,
-  in float32.
+  """The largest absolute difference between our features and timm's, the pooled one and those of
+  positions, in float32.
 
   Raises:
     UserError: torch or timm can't be imported, or the difference is above `VERIFY_TOLERANCE`.
@@ -177,27 +186,30 @@ def verify_with_timm(
   size, data = config['image_size'], config['data']
   image_NHWC = np.random.default_rng(0).random((4, size, size, 3), np.float32)
   image_NHWC = np.asarray(normalise(image_NHWC, tuple(data['mean']), tuple(data['std'])))
-  fields = dict(config['model']) | {
-    'dtype': 'float32',
-    'layer_scale': config['model']['layer_scale'] or None,
-  }
-  module = models.make_backbone(fields.pop('name'), size, **fields)
+  fields = dict(config['model'])
+  name = fields.pop('name')
+  fields |= {field: value for field, value in _PLAIN.items() if field in fields}
+  if 'layer_scale' in fields:
+    fields['layer_scale'] = fields['layer_scale'] or None  # A recipe's 0 is none.
+  module = models.make_backbone(name, size, **fields)
   with jax.default_matmul_precision('highest'):
-    output = module.apply({'params': backbone}, image_NHWC)
+    output, _ = models.encode(module, backbone, statistics, image_NHWC)
   ours = np.concatenate(
     [output.pooled[:, None], output.patches.reshape(4, -1, output.pooled.shape[-1])], axis=1
   )
 
   model = timm.create_model(about['model'], **about['args']).eval()
   model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})
+  image_NCHW = torch.from_numpy(image_NHWC.transpose(0, 3, 1, 2).copy())
   with torch.no_grad():
-    theirs = model.forward_features(
-      torch.from_numpy(image_NHWC.transpose(0, 3, 1, 2).copy())
-    ).numpy()
+    pooled, positions = model(image_NCHW).numpy(), model.forward_features(image_NCHW).numpy()
+  positions = timm_lib.NAMES[name].positions(positions)
+  theirs = np.concatenate([pooled[:, None], positions], axis=1)
   difference = float(np.abs(ours - theirs).max())
-  if not difference <= VERIFY_TOLERANCE:
+  limit = VERIFY_TOLERANCE * max(1.0, float(np.sqrt(np.mean(np.square(theirs)))))
+  if not difference <= limit:
     raise UserError(
-      f"features differ from timm's by {difference:.2e}, more than {VERIFY_TOLERANCE:g}:"
+      f"features differ from timm's by {difference:.2e}, more than {limit:.2g}:"
       ' nothing was written; please report it with the config.json of the run'
     )
   return difference

@@ -6,24 +6,32 @@ through `make_backbone`.
 
 import dataclasses
 import difflib
+from typing import Any
 
 import flax.linen as nn
+import jax
 
 from folk_jax import errors
+from folk_jax.models.decoder import MaskedDecoder, sincos_position
 from folk_jax.models.heads import ProjectionHead, ReconstructionHead
+from folk_jax.models.resnet import ResNet
 from folk_jax.models.vit import BackboneOutput, ViT, resample_position_embedding
 
 __all__ = [
   'BACKBONES',
   'BackboneOutput',
+  'MaskedDecoder',
   'ProjectionHead',
   'ReconstructionHead',
+  'ResNet',
   'ViT',
+  'encode',
   'make_backbone',
   'resample_position_embedding',
+  'sincos_position',
 ]
 
-BACKBONES = {'vit': ViT}
+BACKBONES = {'vit': ViT, 'resnet': ResNet}
 
 
 def make_backbone(name: str, image_size: int | tuple[int, int], **fields) -> nn.Module:
@@ -59,3 +67,39 @@ def make_backbone(name: str, image_size: int | tuple[int, int], **fields) -> nn.
   module = backbone(image_size=image_size, **fields)
   module.check()
   return module
+
+
+def encode(
+  backbone: nn.Module,
+  params: Any,
+  statistics: Any,
+  image_NHWC: jax.Array,
+  sample_keys: jax.Array | None = None,
+  *,
+  train: bool = False,
+  **options: Any,
+) -> tuple[BackboneOutput, Any]:
+  """Runs a backbone, with BatchNorm statistics or without.
+
+  Args:
+    backbone: from `make_backbone`.
+    params: its parameters.
+    statistics: BatchNorm's running statistics; {} for a backbone without any.
+    image_NHWC: float [N, H, W, 3], normalised.
+    sample_keys: typed keys [N] for drop path, or None for none.
+    train: whether BatchNorm uses the batch's own statistics and moves the running ones.
+    **options: further arguments of the backbone's call.
+
+  Returns:
+    The output, float32, and the statistics after the call: `statistics` itself unless they moved.
+  """
+  if not statistics:
+    output = backbone.apply({'params': params}, image_NHWC, sample_keys=sample_keys, **options)
+    return output, statistics
+  variables = {'params': params, 'batch_stats': statistics}
+  if not train:
+    return backbone.apply(variables, image_NHWC, sample_keys=sample_keys, **options), statistics
+  output, moved = backbone.apply(
+    variables, image_NHWC, sample_keys=sample_keys, train=True, mutable=['batch_stats'], **options
+  )
+  return output, moved['batch_stats']

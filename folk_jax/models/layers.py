@@ -1,7 +1,7 @@
 """Layers that the backbones and heads share, in timm's conventions.
 
 Shape letters: B images, T and S tokens (class token first), D width, H heads, E width of a head,
-L layers.
+L layers. In `select` and `place`: T patches, S visible ones.
 """
 
 import dataclasses
@@ -16,8 +16,18 @@ normal = nn.initializers.normal(stddev=0.02)
 # torch's default for convolutions, and for linear layers that nobody re-initialises:
 # U(+-1/sqrt(fan_in)).
 torch_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+# MAE's, for linear layers.
+xavier = nn.initializers.xavier_uniform()
 
 LAYER_NORM_EPSILON = 1e-6
+
+# What the backward pass recomputes. Keeping the products with weights alone leaves a third of the
+# memory and, since a CPU is short of bandwidth, is faster there than keeping everything.
+REMAT = {
+  'none': None,
+  'elementwise': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'block': jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -157,3 +167,64 @@ class Block(nn.Module):
         update_BTD = update_BTD * scale_2B[branch][:, None, None].astype(update_BTD.dtype)
       tokens_BTD = tokens_BTD + update_BTD.astype(jnp.float32)
     return tokens_BTD, tokens_BTD if self.collect else None
+
+
+def scanned_blocks(
+  settings: BlockSettings, depth: int, *, collect: bool, remat: str = 'none', unroll: int = 1
+) -> nn.Module:
+  """`depth` blocks as one scan, called `blocks`; for use inside another module's `__call__`.
+
+  Args:
+    settings: of every block.
+    depth: number of blocks; each parameter has them on its first axis.
+    collect: whether every block's output is returned as well.
+    remat: a key of `REMAT`.
+    unroll: blocks an iteration of the scan.
+
+  Returns:
+    Maps tokens [B, T, D] and drop path's factors [L, 2, B] or None to tokens and, if `collect`,
+    [L, B, T, D].
+  """
+  block = Block
+  if REMAT[remat] is not None:
+    # The scan already keeps the two passes apart, so XLA needn't be kept from merging them.
+    block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
+  scanned = nn.scan(
+    block,
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    length=depth,
+    unroll=unroll,
+  )
+  return scanned(settings, collect, name='blocks')
+
+
+def select(tokens_BTD: jax.Array, index_BS: jax.Array) -> jax.Array:
+  """The tokens with these numbers, [B, S, D], exactly.
+
+  A product with zeros and ones: its gradient is one too, where a gather's would be a scatter.
+  """
+  chosen_BST = _one_hot(index_BS, tokens_BTD.shape[1], tokens_BTD.dtype)
+  return jnp.einsum('bst,btd->bsd', chosen_BST, tokens_BTD, precision=jax.lax.Precision.HIGHEST)
+
+
+def place(
+  tokens_BSD: jax.Array, index_BS: jax.Array, tokens: int, filling_D: jax.Array
+) -> jax.Array:
+  """The inverse of `select`: tokens at their places, `filling_D` at all others, [B, T, D].
+
+  Args:
+    tokens_BSD: floating point.
+    index_BS: integers in [0, tokens), no number twice in a row.
+    tokens: T.
+    filling_D: the same dtype.
+  """
+  chosen_BST = _one_hot(index_BS, tokens, tokens_BSD.dtype)
+  placed_BTD = jnp.einsum(
+    'bst,bsd->btd', chosen_BST, tokens_BSD, precision=jax.lax.Precision.HIGHEST
+  )
+  return placed_BTD + (1 - jnp.sum(chosen_BST, axis=1))[..., None] * filling_D
+
+
+def _one_hot(index_BS: jax.Array, tokens: int, dtype: jnp.dtype) -> jax.Array:
+  return (index_BS[..., None] == jnp.arange(tokens)).astype(dtype)

@@ -5,7 +5,7 @@ exact-erf GELU, LayerNorm epsilon 1e-6, packed q, k, v with biases. Blocks are s
 leading layer axis and scanned.
 
 Shape letters: N images, H and W pixels, C channels, P patch, h and w patches a side, T tokens (1 +
-h*w), D width, L layers.
+h*w), S visible patches, D width, L layers.
 """
 
 import chex
@@ -19,13 +19,6 @@ from folk_jax.models import layers as layers_lib
 
 ATTENTION = ('xla', 'cudnn')
 DTYPES = ('float32', 'bfloat16')
-# What the backward pass recomputes. Keeping the products with weights alone leaves a third of the
-# memory and, since a CPU is short of bandwidth, is faster there than keeping everything.
-REMAT = {
-  'none': None,
-  'elementwise': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  'block': jax.checkpoint_policies.nothing_saveable,
-}
 
 
 @flax.struct.dataclass
@@ -37,6 +30,8 @@ class BackboneOutput:
     patches: [N, h, w, D]; ViT: patch tokens after the final norm; ResNet: last feature map.
     layers: block index -> (pooled [N, D], patches [N, h, w, D]) for the blocks that were asked for,
       before the final norm unless `normalise_layers` was set.
+
+  Where a ViT was given `visible_NS`, all patches are [N, 1, S, D], in the order of that argument.
   """
 
   pooled: jax.Array
@@ -136,6 +131,16 @@ class ViT(nn.Module):
   scan_unroll: int = 1
 
   @property
+  def stride(self) -> int:
+    """Pixels a side of a position of the feature map."""
+    return self.patch
+
+  @property
+  def features(self) -> int:
+    """Channels of a token."""
+    return self.width
+
+  @property
   def grid(self) -> tuple[int, int]:
     """Patches (down, across) of an image of `image_size`."""
     size = self.image_size
@@ -154,7 +159,11 @@ class ViT(nn.Module):
       )
     if not 0.0 <= self.drop_path < 1.0:
       raise errors.UserError(f'model.drop_path is {self.drop_path}: it must lie in [0, 1)')
-    for field, known in (('dtype', DTYPES), ('remat', tuple(REMAT)), ('attention', ATTENTION)):
+    for field, known in (
+      ('dtype', DTYPES),
+      ('remat', tuple(layers_lib.REMAT)),
+      ('attention', ATTENTION),
+    ):
       if getattr(self, field) not in known:
         raise errors.UserError(
           f'model.{field} is {getattr(self, field)!r}: expected one of {", ".join(known)}'
@@ -165,17 +174,27 @@ class ViT(nn.Module):
     self,
     image_NHWC: jax.Array,
     sample_keys: jax.Array | None = None,
+    train: bool = False,
     layers: tuple[int, ...] = (),
     normalise_layers: bool = False,
+    mask_Nhw: jax.Array | None = None,
+    mask_token_D: jax.Array | None = None,
+    visible_NS: jax.Array | None = None,
   ) -> BackboneOutput:
     """Encodes normalised images.
 
     Args:
       image_NHWC: float [N, H, W, 3], normalised by the data's mean and deviation.
       sample_keys: typed key array [N] for drop path, or None for the deterministic forward pass.
+      train: ignored; nothing here differs in training but drop path, which the keys switch on.
       layers: indices in [0, depth) of the blocks whose outputs are returned as well.
       normalise_layers: whether the final norm is applied to those outputs (as DINO's linear
         evaluation does).
+      mask_Nhw: bool, the patches whose embeddings are replaced by `mask_token_D` before positions
+        are added (iBOT, arXiv 2111.07832, section 3.1); both or neither.
+      mask_token_D: float.
+      visible_NS: integers in [0, h*w), row-major: the patches that alone enter the blocks, with the
+        positions they have in the image (MAE, arXiv 2111.06377, section 3); None for all.
 
     Returns:
       BackboneOutput, float32.
@@ -190,10 +209,17 @@ class ViT(nn.Module):
       _check_divides(side, self.patch)
     if any(not 0 <= layer < self.depth for layer in layers):
       raise ValueError(f'layers {layers} must lie in [0, {self.depth})')
+    if (mask_Nhw is None) != (mask_token_D is None):
+      raise ValueError('mask_Nhw and mask_token_D go together: give both or neither')
     dtype = jnp.dtype(self.dtype)
 
     patches_NhwD = PatchEmbedding(self.width, self.patch, dtype, name='patch_embed')(image_NHWC)
     n, *grid, _ = patches_NhwD.shape
+    patches_NhwD = patches_NhwD.astype(jnp.float32)
+    if mask_Nhw is not None:
+      chex.assert_shape(mask_Nhw, (n, *grid))
+      chex.assert_shape(mask_token_D, (self.width,))
+      patches_NhwD = jnp.where(mask_Nhw[..., None], mask_token_D, patches_NhwD)
     init = layers_lib.normal  # class token and positions, as DINO (timm's class token: 1e-6)
     class_11D = self.param('cls_token', init, (1, 1, self.width))
     position_1TD = self.param('pos_embed', init, (1, 1 + self.grid[0] * self.grid[1], self.width))
@@ -201,16 +227,31 @@ class ViT(nn.Module):
     tokens_NTD = jnp.concatenate(
       [
         jnp.broadcast_to(class_11D, (n, 1, self.width)),
-        patches_NhwD.reshape(n, -1, self.width).astype(jnp.float32),
+        patches_NhwD.reshape(n, -1, self.width),
       ],
       axis=1,
     )
     tokens_NTD = tokens_NTD + position_1TD
+    if visible_NS is not None:
+      chex.assert_shape(visible_NS, (n, None))
+      seen_NSD = layers_lib.select(tokens_NTD[:, 1:], visible_NS)
+      tokens_NTD = jnp.concatenate([tokens_NTD[:, :1], seen_NSD], axis=1)
+      grid = (1, visible_NS.shape[1])
 
     scales_L2N = None
     if sample_keys is not None and self.drop_path > 0.0:
       scales_L2N = layers_lib.drop_path_scales(sample_keys, self.depth, self.drop_path)
-    tokens_NTD, outputs_LNTD = self._blocks(dtype, collect=bool(layers))(tokens_NTD, scales_L2N)
+    settings = layers_lib.BlockSettings(
+      heads=self.heads,
+      hidden=int(self.width * self.mlp_ratio),
+      layer_scale=self.layer_scale,
+      dtype=dtype,
+      attention=self.attention,
+    )
+    blocks = layers_lib.scanned_blocks(
+      settings, self.depth, collect=bool(layers), remat=self.remat, unroll=self.scan_unroll
+    )
+    tokens_NTD, outputs_LNTD = blocks(tokens_NTD, scales_L2N)
 
     norm = layers_lib.layer_norm('norm')
 
@@ -222,28 +263,6 @@ class ViT(nn.Module):
     if normalise_layers:
       chosen = {layer: norm(x_NTD) for layer, x_NTD in chosen.items()}
     return BackboneOutput(pooled_ND, patches_NhwD, {k: split(x_NTD) for k, x_NTD in chosen.items()})
-
-  def _blocks(self, dtype: jnp.dtype, collect: bool) -> nn.Module:
-    settings = layers_lib.BlockSettings(
-      heads=self.heads,
-      hidden=int(self.width * self.mlp_ratio),
-      layer_scale=self.layer_scale,
-      dtype=dtype,
-      attention=self.attention,
-    )
-    block = layers_lib.Block
-    policy = REMAT[self.remat]
-    if policy is not None:
-      # The scan already keeps the two passes apart, so XLA needn't be kept from merging them.
-      block = nn.remat(block, prevent_cse=False, policy=policy)
-    scanned = nn.scan(
-      block,
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
-      length=self.depth,
-      unroll=self.scan_unroll,
-    )
-    return scanned(settings, collect, name='blocks')
 
 
 def _check_divides(side: int, patch: int) -> None:

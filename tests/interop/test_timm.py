@@ -242,3 +242,32 @@ def test_timm_loads_the_big_vision_file(tmp_path):
   np.testing.assert_allclose(
     _our_tokens(model, params, image), _timm_tokens(theirs, image), **FEATURE_TOLERANCE
   )
+
+
+@pytest.mark.parity
+def test_vit_b_is_imported_computes_the_same_and_is_exported_whole():
+  """Not a number is lost of timm's ViT-B/16 at 224 pixels, from timm to us and back."""
+  import timm
+  import torch
+
+  width, depth, heads = interop.VIT_SIZES['b']
+  fields = {'width': width, 'depth': depth, 'heads': heads, 'patch': 16}
+  named = interop.timm_model(image_size=224, **fields)
+  torch.manual_seed(0)
+  theirs = timm.create_model(named['model'], **named['args'])
+  for parameter in theirs.parameters():
+    if parameter.ndim == 1:  # Norms and biases: timm starts them at 1 and 0.
+      torch.nn.init.normal_(parameter, parameter.mean().item(), 0.1)
+  state = {name: value.numpy() for name, value in theirs.state_dict().items()}
+  model = models.make_backbone('vit', 224, **fields)
+  shape = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  template = jax.eval_shape(model.init, jax.random.key(0), shape)['params']
+  params = interop.from_timm(state, template, grid=model.grid)
+  image = np.random.default_rng(1).normal(size=(1, 224, 224, 3)).astype(np.float32)
+  expected = _timm_tokens(theirs, image)
+  # Twelve blocks' worth of float32 sums in another order, on features of order 1.
+  np.testing.assert_allclose(_our_tokens(model, params, image), expected, atol=1e-4, rtol=0)
+  exported = interop.to_timm(params)
+  assert exported.keys() == state.keys()
+  for name, value in state.items():
+    np.testing.assert_array_equal(exported[name], value)

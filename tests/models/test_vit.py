@@ -265,7 +265,7 @@ def test_initialisation_follows_dino():
 @pytest.mark.parametrize(
   'name, image_size, change, message',
   [
-    ('vti', 32, {}, 'known models are vit'),
+    ('vti', 32, {}, 'known models are resnet, vit'),
     ('vit', 33, {}, '33 pixels is not a multiple of the patch, 4: use 32 or 36'),
     ('vit', 32, {'heads': 5}, 'heads must divide the width'),
     ('vit', 32, {'detph': 2}, 'did you mean depth'),

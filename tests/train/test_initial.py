@@ -138,3 +138,52 @@ def test_paths_that_hold_no_weights_are_refused(tmp_path, workdir):
     with pytest.raises(UserError) as refused:
       load(tmp_path / name)
     assert words in str(refused.value)
+
+
+@pytest.fixture(scope='module')
+def resnet_variables():
+  """A small ResNet's parameters and the statistics of two networks, random."""
+  model = models.make_backbone('resnet', 32, depth=10, width=4)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  rng = np.random.default_rng(0)
+  trees = (shapes['params'], shapes['params'], shapes['batch_stats'], shapes['batch_stats'])
+  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), trees)
+
+
+def test_a_timm_file_of_a_resnet_gives_its_statistics_too(resnet_variables, tmp_path):
+  params, _, statistics, _ = resnet_variables
+  file = tmp_path / 'resnet.safetensors'
+  safetensors.numpy.save_file(timm.to_timm(params, statistics), file)
+  loaded = initial.load(str(file), {'backbone': params}, image_size=96, patch=32)
+  assert set(loaded) == {'backbone', 'batch_stats'}
+  assert_equal(loaded['backbone'], params)
+  assert_equal(loaded['batch_stats'], statistics)
+
+
+@pytest.mark.parametrize('teacher_enabled', [True, False])
+def test_a_workdir_of_a_resnet_gives_one_network_and_its_clean_statistics(
+  resnet_variables, tmp_path, teacher_enabled
+):
+  student, teacher, seen, clean = resnet_variables
+  config = make_config(**{'teacher.enabled': teacher_enabled})
+  (tmp_path / 'config.json').write_text(config_lib.to_json(config))
+  networks = ('student', 'teacher') if teacher_enabled else ('student',)
+  state = {
+    'params': {'backbone': student},
+    'opt_state': {'teacher': {'backbone': teacher}} if teacher_enabled else {'count': np.zeros(1)},
+    'extra': {
+      'batch_stats': dict.fromkeys(networks, seen),
+      'clean_stats': {'student': clean},
+    },
+  }
+  with checkpoint.Checkpoints(str(tmp_path / 'checkpoints'), every=1, keep=1) as checkpoints:
+    checkpoints.save(3, state, {}, force=True)
+  loaded = initial.load(str(tmp_path), {'backbone': student}, image_size=32, patch=32)
+  assert set(loaded) == {'backbone', 'batch_stats'}
+  assert_equal(loaded['backbone'], teacher if teacher_enabled else student)
+  assert_equal(loaded['batch_stats'], seen if teacher_enabled else clean)
+
+
+def test_a_resnet_does_not_start_from_a_vit(workdir, resnet_variables):
+  with pytest.raises(UserError, match='conv1.weight.*unknown to the model: cls_token'):
+    initial.load(str(workdir[0]), {'backbone': resnet_variables[0]}, image_size=32, patch=32)
