@@ -15,18 +15,12 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
-import time
 from typing import Any
 
 import report
+import runs
 
 from folk_jax.errors import UserError
-from folk_jax.train import metrics
-
-_CURVES = ('loss', 'loss_reconstruction', 'loss_distillation', 'teacher_entropy')
-_CURVE_POINTS = 150
 
 
 def parse() -> argparse.Namespace:
@@ -52,73 +46,6 @@ def parse() -> argparse.Namespace:
   except ValueError:
     raise UserError(f'--seeds={flags.seeds}: give whole numbers separated by commas') from None
   return flags
-
-
-def train(flags: argparse.Namespace, seed: int) -> dict[str, float | None]:
-  """One run, to its end; seconds and peak memory of the process where it did the whole run."""
-  workdir = flags.workdir / f'seed_{seed}'
-  resumed = (workdir / 'config.json').exists()
-  command = [sys.executable, '-m', 'folk_jax.main', f'--config={flags.config}', *flags.flags]
-  command += [f'--workdir={workdir}', f'--config.seed={seed}']
-  paths = [str(report.ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
-  environment = os.environ | {'PYTHONPATH': os.pathsep.join(paths)}
-  began = time.perf_counter()
-  process = subprocess.Popen(command, env=environment)
-  _, status, usage = os.wait4(process.pid, 0)
-  process.returncode = os.waitstatus_to_exitcode(status)
-  if process.returncode:
-    raise UserError(
-      f'seed {seed} ended with status {process.returncode}: '
-      'start this again to go on from its checkpoint'
-    )
-  return {
-    'wall_seconds': None if resumed else round(time.perf_counter() - began, 1),
-    # Of the largest of its processes, where it decodes in several.
-    'peak_memory_gib': round(usage.ru_maxrss / 2**20, 3),
-  }
-
-
-def row(flags: argparse.Namespace, seed: int) -> dict[str, Any]:
-  """What a finished run says of itself."""
-  lines = metrics.read_metrics(str(flags.workdir / f'seed_{seed}'))
-  evaluations = [
-    {key.removeprefix('eval/'): value for key, value in line.items()}
-    for line in lines
-    if 'eval/knn_top1' in line
-  ]
-  training = [line for line in lines if 'train/loss' in line]
-  if len(evaluations) < 2 or not training:
-    raise UserError(f'seed {seed} has no kNN before and after: leave config.evaluation.at_start on')
-  for evaluation in evaluations:
-    if 'reconstruction' in evaluation:
-      of_mean = evaluation['reconstruction_of_mean']
-      evaluation['reconstruction_relative'] = evaluation['reconstruction'] / of_mean
-  # A line that was written when no step had been timed since the one before has no times.
-  timed = [line for line in training if 'train/step_seconds' in line]
-  steps = [line['step'] for line in timed]
-  windows = [after - before for before, after in zip([0, *steps], steps, strict=False)]
-  seconds = sum(n * line['train/step_seconds'] for n, line in zip(windows, timed, strict=True))
-  every = -(-len(training) // _CURVE_POINTS)
-  thinned = training[::-1][::every][::-1]
-  return {
-    'seed': seed,
-    'steps': training[-1]['step'],
-    'knn_before': evaluations[0]['knn_top1'],
-    'knn_after': evaluations[-1]['knn_top1'],
-    'gain': evaluations[-1]['knn_top1'] - evaluations[0]['knn_top1'],
-    'reconstruction_relative': evaluations[-1].get('reconstruction_relative'),
-    # Evaluations and blocking saves left out, the first step's compilation included.
-    'train_seconds': round(seconds, 1),
-    'images_per_second': round(statistics.median(x['train/images_per_second'] for x in timed), 1),
-    'data_wait': round(statistics.median(line['train/data_wait'] for line in timed), 4),
-    'evaluations': evaluations,
-    'curves': {'step': [line['step'] for line in thinned]}
-    | {
-      name: [line.get(f'train/{name}') for line in thinned]
-      for name in _CURVES
-      if f'train/{name}' in thinned[-1]
-    },
-  }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -214,8 +141,9 @@ def main() -> None:
     if seed in rows:
       print(f'seed {seed} stands in {flags.out}: skipped')
       continue
-    ran = train(flags, seed)
-    rows[seed] = row(flags, seed) | ran | {'date': report.context()['date']}
+    workdir = flags.workdir / f'seed_{seed}'
+    ran = runs.train(flags.config, workdir, seed, flags.flags)
+    rows[seed] = {'seed': seed} | runs.read(workdir) | ran | {'date': report.context()['date']}
     result['rows'] = [rows[key] for key in sorted(rows)]
     result = result | report.context() | {'summary': summary(result['rows'])}
     report.write_json(flags.out, result)

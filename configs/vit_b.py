@@ -30,6 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   c.objective = ml_collections.ConfigDict()
   c.objective.name = 'folk'
+  c.objective.filter = 'com_rcom'  # [P] Which frequencies are kept or removed; signal/filters.py.
   c.objective.portions = (
     0.005,
     0.01,
@@ -37,6 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )  # [P] Share of the H*W coefficients, by rank of magnitude.
   c.objective.com_probability = 0.5  # [D] Com (keeps the strongest) against RCom (removes them).
   c.objective.ranking = 'shared'  # [D] One mask for the channels; or 'per_channel'.
+  c.objective.radius = 16.0  # Of the radial filters (MFM's), at 224 px; the others don't use it.
   c.objective.clamp = False  # [D] A clamp to [0, 1] zeroes half of RCom's pixels.
   c.objective.gamma = 1.0  # [D] Exponent of the frequency distance, as MFM.
   c.objective.reduce = 'per_image'  # [D] Or 'pooled', as MFM over the batch.
@@ -139,6 +141,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     20  # The k reported as eval/knn_top1: fixed beforehand, never chosen by test data.
   )
   c.evaluation.knn_temperature = 0.07
+  c.evaluation.feature = 'pooled'  # Class token or ResNet's average; or 'mean_patch', 'concat'.
+  c.evaluation.recalibration_images = (
+    4096  # For BatchNorm's statistics, of networks that only saw filtered images.
+  )
   c.evaluation.reconstruction_images = 2048  # Held-out images for eval/reconstruction.
   c.evaluation.at_start = True
 

@@ -131,11 +131,53 @@ def sibling(recipe_file: str, name: str, arg: str | None) -> ml_collections.Conf
   return load_recipe(os.path.join(os.path.dirname(os.path.abspath(recipe_file)), name), arg)
 
 
+def format_arg(values: Mapping[str, Any]) -> str:
+  """The text that `parse_arg` reads as `values`; what is False or empty is left out."""
+  items = []
+  for name, value in values.items():
+    quote = '"' if "'" in str(value) else "'"
+    if value is True:
+      items.append(name)
+    elif value not in (False, ''):
+      items.append(f'{name}={quote}{value}{quote}')
+  return ','.join(items)
+
+
+def base_recipe(
+  recipe_file: str, arg: str | None, *, models: tuple[str, ...], **more: Any
+) -> tuple[ml_collections.ConfigDict, ml_collections.ConfigDict]:
+  """The FOLK recipe that another method's recipe starts from.
+
+  Args:
+    recipe_file: the method's recipe, its own `__file__`; the base lies beside it.
+    arg: the text after its colon: `model=NAME`, `cifar10` for the small model of that kind, what base recipes take
+      (smoke, data, name, path), and `more`.
+    models: names that `model` may have, each a recipe beside this one; the first is the default.
+    **more: further arguments of the method's recipe, with their defaults.
+
+  Returns:
+    The base recipe's configuration, and the arguments.
+
+  Raises:
+    UserError: an argument that isn't known, or a model that the method has no recipe for.
+  """
+  passed_on = {'smoke': False, 'data': '', 'name': '', 'path': ''}
+  given = parse_arg(arg, model=models[0], cifar10=False, **passed_on, **more)
+  if given.model not in models:
+    raise unknown('recipe argument model', given.model, models)
+  small = given.cifar10 and given.model.startswith('vit')
+  items = {name: given[name] for name in passed_on}
+  if given.cifar10 and not small:
+    items['cifar10'] = True
+  base = 'cifar10.py' if small else f'{given.model}.py'
+  return sibling(recipe_file, base, format_arg(items)), given
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
   """Checks what can be checked without devices or data. Raises `UserError` with the first mistake."""
   flat = flatten(config.to_dict())
   for key in _AT_LEAST_ONE:
-    if flat[key] < 1:
+    if key in flat and flat[key] < 1:
       raise UserError(f'config.{key} is {flat[key]}; it must be at least 1.')
   for key in ('epochs', 'total_steps', 'eval_every'):
     if flat[key] < 0:
@@ -144,14 +186,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise unknown('config.evaluation.which', config.evaluation.which, ('teacher', 'student'))
   if not config.epochs and not config.total_steps:
     raise UserError('config.epochs and config.total_steps are both 0: set one of them.')
-  patch, size = config.model.patch, config.image_size
-  if size % patch:
-    near = sorted({max(patch, size // patch * patch), (size // patch + 1) * patch})
-    sizes = ' or '.join(str(n) for n in near)
-    raise UserError(
-      f'config.image_size {size} is not a multiple of config.model.patch {patch}: use {sizes}.'
-    )
-  if config.model.width % config.model.heads:
+  if 'patch' in config.model:
+    _check_patches('image_size', config.image_size, config.model.patch)
+    if 'local_views' in config and config.local_views.count:
+      _check_patches('local_views.size', config.local_views.size, config.model.patch)
+  if 'heads' in config.model and config.model.width % config.model.heads:
     raise UserError(
       f'config.model.width {config.model.width} is not a multiple of config.model.heads {config.model.heads}.'
     )
@@ -163,6 +202,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise UserError(
       "config.objective.reduce 'pooled' is one mean over the whole batch and config.accumulate is "
       f"{config.accumulate}: use accumulate 1, or reduce 'per_image'."
+    )
+
+
+def _check_patches(name: str, size: int, patch: int) -> None:
+  if size % patch:
+    near = sorted({max(patch, size // patch * patch), (size // patch + 1) * patch})
+    sizes = ' or '.join(str(n) for n in near)
+    raise UserError(
+      f'config.{name} {size} is not a multiple of config.model.patch {patch}: use {sizes}.'
     )
 
 

@@ -36,6 +36,12 @@ def _support(name: str):
   return module
 
 
+@pytest.fixture(scope='session')
+def support() -> Callable[[str], object]:
+  """`support(name)` gives the module tests/support/<name>.py."""
+  return _support
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
   """Makes torchvision, and so timm, importable beside a CPU torch for tests that need them."""
   if item.get_closest_marker('parity'):

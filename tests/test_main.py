@@ -73,9 +73,9 @@ def assert_refused(status: int, stderr: str, words: str) -> None:
     (['--config.task=pretain'], "unknown task 'pretain'. Did you mean 'pretrain'?"),
     (
       ['--config.objective.name=fork'],
-      "unknown objective 'fork' (config.objective.name). Known: folk",
+      "unknown objective 'fork' (config.objective.name). Did you mean 'folk'? Known: deblur, denoise,",
     ),
-    (['--config.model.name=vet'], "model.name is 'vet': known models are vit"),
+    (['--config.model.name=vet'], "model.name is 'vet': known models are resnet, vit"),
     (['--config.data.source=foldr'], "did you mean 'folder'?"),
     (
       ['--config.batch_size=10', '--config.accumulate=4'],

@@ -1,16 +1,18 @@
 """Images from disk to uint8 batches in host memory: NumPy, Grain and TFDS; never jax."""
 
 from folk_jax.data.pipeline import Batches, eval_batches, train_batches
-from folk_jax.data.settings import DataSettings
-from folk_jax.data.sources import SOURCES, MissingSplit, Source, make_source
+from folk_jax.data.settings import DataSettings, LocalViewSettings
+from folk_jax.data.sources import SOURCES, MissingSplit, Source, Subset, make_source
 from folk_jax.data.views import ViewSettings
 
 __all__ = [
   'SOURCES',
   'Batches',
   'DataSettings',
+  'LocalViewSettings',
   'MissingSplit',
   'Source',
+  'Subset',
   'ViewSettings',
   'eval_batches',
   'make_source',

@@ -53,6 +53,15 @@ def _restore(rng: np.random.Generator, state: np.ndarray) -> None:
   }
 
 
+def _shapes(settings: DataSettings, rows: int, training: bool) -> transport.Shapes:
+  """The image arrays of every batch of `rows` samples, by name."""
+  side, local = settings.image_size, settings.local_views
+  shapes = {'views': (rows, len(settings.views) if training else 1, side, side, 3)}
+  if training and local:
+    shapes['local_views'] = (rows, local.count, local.size, local.size, 3)
+  return shapes
+
+
 class _Task:
   """Makes a batch of the samples that a worker is given.
 
@@ -60,16 +69,17 @@ class _Task:
   again: small arrays come from pages that glibc keeps handing back, one large array does not.
   """
 
-  views_per_row = 1
+  training = False
 
   def __init__(self, source: Source, settings: DataSettings):
     self._source = source
     self._settings = settings
 
   def __call__(self, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    side, rows = self._settings.image_size, len(samples['index'])
-    batch = {
-      'views': np.empty((rows, self.views_per_row, side, side, 3), np.uint8),
+    rows = len(samples['index'])
+    shapes = _shapes(self._settings, rows, self.training)
+    batch = {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
+    batch |= {
       'label': np.full(rows, -1, np.int32),
       'index': samples['index'].copy(),
       'valid': np.ones(rows, np.bool_),
@@ -84,7 +94,8 @@ class _Task:
       except Exception:
         raise RuntimeError(f'{type(error).__name__}: {error}') from None
       raise
-    batch['views'][~batch['valid']] = 0
+    for name in shapes:
+      batch[name][~batch['valid']] = 0
     return batch
 
   def _fill(self, batch: dict[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> None:
@@ -103,9 +114,7 @@ class _Task:
 class _TrainTask(_Task):
   """Random views of each sample, or of the next one that decodes."""
 
-  def __init__(self, source: Source, settings: DataSettings):
-    super().__init__(source, settings)
-    self.views_per_row = len(settings.views)
+  training = True
 
   def _fill(self, batch: dict[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> None:
     settings = self._settings
@@ -122,6 +131,12 @@ class _TrainTask(_Task):
           batch['views'][row, number] = random_view(
             image_HWC, settings.image_size, view, settings.interpolation, rng
           )
+        # After the global views, whose draws are then the same with local views and without.
+        if local := settings.local_views:
+          for number in range(local.count):
+            batch['local_views'][row, number] = random_view(
+              image_HWC, local.size, local.view, settings.interpolation, rng
+            )
 
   def _next_good(self, wanted: int) -> tuple[np.ndarray | None, int, int, int]:
     """Returns pixels (None where too many fail), label, index, and how many were passed over."""
@@ -162,8 +177,9 @@ class _EvalTask(_Task):
 class Batches(Iterator[dict[str, np.ndarray]]):
   """An iterator of batches that watches for bad files; close it, or use it in a `with` statement.
 
-  A batch holds `views` uint8 [B, V, S, S, 3], `label` int32 [B] (-1 unknown), `index` int64 [B]
-  (the sample's number in the source, -1 on padding) and `valid` bool [B].
+  A batch holds `views` uint8 [B, V, S, S, 3], `local_views` uint8 [B, L, s, s, 3] where the settings
+  ask for them, `label` int32 [B] (-1 unknown), `index` int64 [B] (the sample's number in the source,
+  -1 on padding) and `valid` bool [B].
   """
 
   def __init__(
@@ -267,7 +283,7 @@ def _rows_per_process(batch_size: int, process_count: int) -> int:
 
 
 def _stream(
-  dataset: Any, source: Source, settings: DataSettings, training: bool, views_shape: tuple[int, ...]
+  dataset: Any, source: Source, settings: DataSettings, training: bool, shapes: transport.Shapes
 ) -> Batches:
   """Reads a Grain MapDataset of batches in threads, of this process or of workers."""
   import grain
@@ -278,14 +294,14 @@ def _stream(
   if settings.workers:
     if not flags.FLAGS.is_parsed():  # Grain reads flags: it fails where no absl app has parsed them
       flags.FLAGS.mark_as_parsed()
-    if transport.has_room(settings.workers, views_shape):
-      ring = transport.Ring(settings.workers, views_shape)
+    if transport.has_room(settings.workers, shapes):
+      ring = transport.Ring(settings.workers, shapes)
       # Addresses only; with room for all, a worker waits in the ring alone, which knows when to
       # give up.
       waiting = transport.SLOTS + 1
       batches = batches.map(ring.send)
     else:
-      needed = transport.ring_bytes(settings.workers, views_shape) >> 20
+      needed = transport.ring_bytes(settings.workers, shapes) >> 20
       warnings.warn(
         f'/dev/shm has less free than the {needed} MiB that {settings.workers} workers need; '
         'batches go through pipes, which is slower (in Docker: --shm-size=8g)',
@@ -331,13 +347,12 @@ def train_batches(
   import grain
 
   rows = _rows_per_process(batch_size, process_count)
-  task = _TrainTask(source, settings)
   dataset = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat()
   # By process only after the draws are keyed: sliced before, processes would share their draws.
   dataset = dataset.random_map(_draw)[process_index::process_count]
-  dataset = dataset.batch(rows, drop_remainder=True)[step:].map(task)
-  shape = (rows, task.views_per_row, settings.image_size, settings.image_size, 3)
-  return _stream(dataset, source, settings, True, shape)
+  dataset = dataset.batch(rows, drop_remainder=True)[step:]
+  dataset = dataset.map(_TrainTask(source, settings))
+  return _stream(dataset, source, settings, True, _shapes(settings, rows, training=True))
 
 
 def eval_batches(
@@ -372,5 +387,4 @@ def eval_batches(
   dataset = grain.MapDataset.range(padded).map(lambda index: {'index': np.int64(index)})
   dataset = dataset[process_index::process_count].batch(rows, drop_remainder=True)
   dataset = dataset.map(_EvalTask(source, settings))
-  shape = (rows, 1, settings.image_size, settings.image_size, 3)
-  return _stream(dataset, source, settings, False, shape)
+  return _stream(dataset, source, settings, False, _shapes(settings, rows, training=False))

@@ -7,6 +7,27 @@ from folk_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
+class LocalViewSettings:
+  """Small crops beside the views, all cut in one way (DINO, arXiv 2104.14294, section 3.1).
+
+  Attributes:
+    count: how many an image, at least 1.
+    size: their side in pixels.
+    view: how each is cut.
+  """
+
+  count: int
+  size: int
+  view: ViewSettings
+
+  def __post_init__(self):
+    if self.count < 1 or self.size < 1:
+      raise UserError(
+        f'local_views has count {self.count} and size {self.size}; give 1 or more of each, or count 0'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings:
   """Where images come from and how they are cut.
 
@@ -14,6 +35,7 @@ class DataSettings:
     source: 'embedded', 'folder', 'tfds', 'array_record' or 'synthetic'.
     image_size: side of every view in pixels.
     views: how each random view is cut, one entry a view.
+    local_views: small crops beside them, or None.
     name: the TFDS data set, perhaps with config and version ('imagenet2012',
       'oxford_iiit_pet:4.*.*').
     path: the folder of images, of array records, or TFDS's data_dir (or one prepared set's own
@@ -44,6 +66,7 @@ class DataSettings:
   prefetch: int = 4
   max_bad_share: float = 0.01
   limit: int = 0
+  local_views: LocalViewSettings | None = None
 
   def __post_init__(self):
     object.__setattr__(self, 'views', tuple(self.views))

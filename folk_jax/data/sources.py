@@ -55,30 +55,35 @@ class Source:
     return self.read(index)[1]
 
 
-class LimitedSource(Source):
-  """The first `limit` samples of a source, evenly spread over it, so that a sorted source keeps all
-  its classes.
+class Subset(Source):
+  """Some samples of a source, in an order of their own.
+
+  Attributes:
+    indices: int [N], their numbers in the source.
   """
 
-  def __init__(self, source: Source, limit: int):
+  def __init__(self, source: Source, indices: np.ndarray):
     self._source = source
-    self._limit = min(limit, len(source))
+    self._indices = np.asarray(indices, np.int64)
     self.class_names = source.class_names
 
   def __len__(self) -> int:
-    return self._limit
-
-  def _original(self, index: int) -> int:
-    return index * len(self._source) // self._limit
+    return len(self._indices)
 
   def read(self, index: int) -> tuple[bytes | np.ndarray, int]:
-    return self._source.read(self._original(index))
+    return self._source.read(int(self._indices[index]))
 
   def label(self, index: int) -> int:
-    return self._source.label(self._original(index))
+    return self._source.label(int(self._indices[index]))
 
   def name(self, index: int) -> str:
-    return self._source.name(self._original(index))
+    return self._source.name(int(self._indices[index]))
+
+
+def evenly_spread(source: Source, limit: int) -> Subset:
+  """`limit` samples at most, evenly spread over the source, so that a sorted one keeps all its classes."""
+  count = min(limit, len(source))
+  return Subset(source, np.arange(count) * len(source) // count)
 
 
 # Name -> 'module:class'; imported on use, since a folder run needs neither TFDS nor scikit-image.
@@ -116,4 +121,4 @@ def make_source(settings: DataSettings, split: str) -> Source:
   source = build(settings, split)
   if not len(source):
     raise UserError(f"data source '{settings.source}' has no samples in its {split} split")
-  return LimitedSource(source, settings.limit) if settings.limit else source
+  return evenly_spread(source, settings.limit) if settings.limit else source

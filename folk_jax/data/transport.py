@@ -22,10 +22,13 @@ import numpy as np
 
 # Of each worker: one slot is written while the other waits to be read.
 SLOTS = 2
-# Before the views of a slot stand two numbers: the batch in it plus one, 0 while it is free; and
+# Before the arrays of a slot stand two numbers: the batch in it plus one, 0 while it is free; and
 # whether the reader has gone.
 _HEADER = 2 * np.dtype(np.int64).itemsize
 _POLL_SECONDS = 0.0005
+
+# The uint8 arrays of every batch, by name.
+Shapes = Mapping[str, tuple[int, ...]]
 
 _worker = 0
 
@@ -44,15 +47,15 @@ class Ring:
   worker waits until its slot has been read.
   """
 
-  def __init__(self, workers: int, shape: tuple[int, ...]):
-    """Makes slots for arrays uint8 of one shape.
+  def __init__(self, workers: int, shapes: Shapes):
+    """Makes slots for a batch's uint8 arrays of these shapes.
 
     Args:
       workers: number of worker processes.
-      shape: of every batch's views.
+      shapes: by the arrays' names in every batch.
     """
-    self._shape = shape
-    size = _HEADER + math.prod(shape)
+    self._shapes = dict(shapes)
+    size = _slot_bytes(shapes)
     self._blocks = {
       worker: [shared_memory.SharedMemory(create=True, size=size) for _ in range(SLOTS)]
       for worker in range(workers)
@@ -63,16 +66,19 @@ class Ring:
     self._release = weakref.finalize(self, _release, self._blocks)
 
   def __getstate__(self) -> dict[str, Any]:
-    return {'_shape': self._shape, '_names': self._names, '_blocks': {}, '_sent': 0}
+    return {'_shapes': self._shapes, '_names': self._names, '_blocks': {}, '_sent': 0}
 
-  def _slot(self, worker: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns header, int64 [2], and views of the slot for a worker's batch `number`."""
+  def _slot(self, worker: int, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns header, int64 [2], and arrays of the slot for a worker's batch `number`."""
     buffer = self._blocks[worker][number % SLOTS].buf
-    views = np.ndarray(self._shape, np.uint8, buffer, offset=_HEADER)
-    return np.ndarray((2,), np.int64, buffer), views
+    arrays, offset = {}, _HEADER
+    for name, shape in self._shapes.items():
+      arrays[name] = np.ndarray(shape, np.uint8, buffer, offset=offset)
+      offset += math.prod(shape)
+    return np.ndarray((2,), np.int64, buffer), arrays
 
   def send(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Writes a batch's views into this worker's next slot and puts their address in their place.
+    """Writes a batch's arrays into this worker's next slot and puts their address in their place.
 
     Raises:
       SystemExit: the main process is gone, and nobody would ever read the slot.
@@ -80,28 +86,29 @@ class Ring:
     if _worker not in self._blocks:
       names = self._names[_worker]
       self._blocks[_worker] = [shared_memory.SharedMemory(name) for name in names]
-    header, views = self._slot(_worker, self._sent)
+    header, arrays = self._slot(_worker, self._sent)
     parent = multiprocessing.parent_process()
     while header[0] and not header[1]:
       if parent is not None and not parent.is_alive():
         raise SystemExit(1)
       time.sleep(_POLL_SECONDS)
     if not header[1]:
-      views[:] = batch['views']
+      for name, array in arrays.items():
+        array[:] = batch[name]
       header[0] = self._sent + 1
     address = np.array([_worker, self._sent], np.int64)
     self._sent += 1
-    return {**batch, 'views': address}
+    return {**batch, **dict.fromkeys(arrays, address)}
 
   def receive(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Puts a copy of the views back where `send` put their address, and frees the slot."""
-    worker, number = (int(part) for part in batch['views'])
-    header, views = self._slot(worker, number)
+    """Puts copies of the arrays back where `send` put their address, and frees the slot."""
+    worker, number = (int(part) for part in batch[next(iter(self._shapes))])
+    header, arrays = self._slot(worker, number)
     if header[0] != number + 1:
       raise RuntimeError(f'slot of batch {number} of worker {worker} holds batch {header[0] - 1}')
-    copy = views.copy()
+    copies = {name: array.copy() for name, array in arrays.items()}
     header[0] = 0
-    return {**batch, 'views': copy}
+    return {**batch, **copies}
 
   def stop(self) -> None:
     """Lets workers go that wait for a slot; nothing is read any more."""
@@ -114,16 +121,20 @@ class Ring:
     self._release()
 
 
-def ring_bytes(workers: int, shape: tuple[int, ...]) -> int:
+def ring_bytes(workers: int, shapes: Shapes) -> int:
   """Returns the shared memory that a ring takes, in bytes."""
-  return workers * SLOTS * (_HEADER + math.prod(shape))
+  return workers * SLOTS * _slot_bytes(shapes)
 
 
-def has_room(workers: int, shape: tuple[int, ...]) -> bool:
+def _slot_bytes(shapes: Shapes) -> int:
+  return _HEADER + sum(map(math.prod, shapes.values()))
+
+
+def has_room(workers: int, shapes: Shapes) -> bool:
   """Whether a ring fits: one page too many in shared memory kills its writer without a word."""
   if not os.path.isdir('/dev/shm'):
     return True
-  return shutil.disk_usage('/dev/shm').free >= ring_bytes(workers, shape)
+  return shutil.disk_usage('/dev/shm').free >= ring_bytes(workers, shapes)
 
 
 def _release(blocks: dict[int, list[shared_memory.SharedMemory]]) -> None:

@@ -1,6 +1,10 @@
-"""What a run asks of its weights while it trains: kNN accuracy on frozen features, and held-out reconstruction."""
+"""What a run asks of its weights while it trains: kNN accuracy on frozen features, and held-out reconstruction.
+
+And what evaluation asks of a backbone with BatchNorm: statistics of clean images.
+"""
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +16,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from folk_jax import data
+from folk_jax import data, models
 from folk_jax.evals import features, knn
 from folk_jax.signal.augment import normalise
 from folk_jax.train import sharding
@@ -31,22 +35,60 @@ class Evaluation:
     self._bank, self._test = data.make_source(settings, 'train'), _held_out(settings)
     self._batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
     self._rng = jax.random.key(config.seed)
+    self._calibration = self._whole_batches(config.evaluation.recalibration_images, config.seed)
     self._reconstruct = jax.jit(run.objective.evaluate)
-    backbone = run.objective.parts.backbone
-    mean, std = run.objective.parts.mean, run.objective.parts.std
+    parts, feature = run.objective.parts, config.evaluation.feature
 
-    def pooled(params, image_BHWC):
-      image_BHWC = normalise(image_BHWC.astype(jnp.float32) / 255.0, mean, std)
-      return features.feature(backbone.apply({'params': params}, image_BHWC), 'pooled')
+    def normalised(image_BHWC):
+      return normalise(image_BHWC.astype(jnp.float32) / 255.0, parts.mean, parts.std)
 
-    self._pooled = pooled
+    def extract(network, image_BHWC):
+      output, _ = models.encode(parts.backbone, *network, normalised(image_BHWC))
+      return features.feature(output, feature)
+
+    def moments(params, statistics, image_BHWC):
+      # Without memory, the statistics after a batch are the batch's own.
+      backbone = dataclasses.replace(parts.backbone, norm_momentum=0.0)
+      return models.encode(backbone, params, statistics, normalised(image_BHWC), train=True)[1]
+
+    self._extract, self._moments, self._pool = extract, jax.jit(moments), jax.jit(_pooled)
 
   def __call__(self, state: TrainState) -> dict[str, float]:
     """Scalars by their slash-named keys."""
     if self._test is None:
       return {}
-    params = state_lib.weights(state, self._config.which)
-    return self._knn(params) | self._reconstruction(state)
+    # Before the first step the teacher is the student and its statistics are of no image yet.
+    which = self._config.which if int(state.step) else 'student'
+    params = state_lib.weights(state, which)
+    network = params['backbone'], state_lib.statistics(state, which)
+    return self._knn(network) | self._reconstruction(state)
+
+  def recalibrated(self, state: TrainState) -> TrainState:
+    """`state` with BatchNorm statistics of clean images for the networks that training showed none.
+
+    Statistics of filtered images don't fit unfiltered ones: what is evaluated or saved for others has those of
+    `evaluation.recalibration_images` centre views, drawn once from the training set. A state without BatchNorm comes
+    back as it is.
+    """
+    if 'clean_stats' not in state.extra:
+      return state
+    networks = {
+      which: (state_lib.weights(state, which)['backbone'], statistics)
+      for which, statistics in state.extra['clean_stats'].items()
+    }
+    found = {which: [] for which in networks}
+    with contextlib.closing(self._batches(self._calibration)) as batches:
+      for batch in batches:
+        image_BHWC = sharding.put(batch['views'][:, 0], self._mesh)
+        for which, network in networks.items():
+          found[which].append(self._moments(*network, image_BHWC))
+    return state.replace(extra=state.extra | {'clean_stats': self._pool(found)})
+
+  def _whole_batches(self, images: int, seed: int) -> data.Source:
+    """About `images` of the training set in random order (a folder is sorted by class), without padding."""
+    count = max(1, images // self._batch_size) * self._batch_size
+    order = np.random.default_rng(seed).permutation(len(self._bank))
+    return data.Subset(self._bank, np.resize(order, count))
 
   def _batches(self, source: data.Source) -> Iterator[Mapping[str, np.ndarray]]:
     return data.eval_batches(
@@ -57,7 +99,7 @@ class Evaluation:
       process_count=jax.process_count(),
     )
 
-  def _knn(self, params: Mapping[str, Any]) -> dict[str, float]:
+  def _knn(self, network: tuple[Any, Any]) -> dict[str, float]:
     if not self._config.knn or min(self._bank.label(0), self._test.label(0)) < 0:
       return {}  # Not asked for, or no labels to vote with.
 
@@ -67,7 +109,7 @@ class Evaluation:
     sets = []
     for source in (self._bank, self._test):
       with contextlib.closing(self._batches(source)) as batches:
-        sets += features.extract(self._pooled, params['backbone'], batches, put=put)
+        sets += features.extract(self._extract, network, batches, put=put)
     classes = 1 + max(int(sets[1].max()), int(sets[3].max()))
     ks = sorted({*self._config.knn, self._config.knn_headline})
     accuracy = knn.knn(*sets, ks=ks, temperature=self._config.knn_temperature, classes=classes)
@@ -80,11 +122,26 @@ class Evaluation:
     limit = -(-self._config.reconstruction_images // self._batch_size)
     with contextlib.closing(self._batches(self._test)) as batches:
       for batch in itertools.islice(batches, limit):
-        sums = self._reconstruct(state.params, sharding.put_batch(batch, self._mesh), self._rng)
+        batch = sharding.put_batch(batch, self._mesh)
+        sums = self._reconstruct(state.params, state.extra, batch, self._rng)
         for name, value in jax.device_get(sums).items():
           totals[name] = totals.get(name, 0.0) + float(value)
     count = max(totals.pop('count', 0.0), 1.0)
     return {f'eval/{name}': total / count for name, total in totals.items()}
+
+
+def _pooled(found: Mapping[str, list[Any]]) -> dict[str, Any]:
+  """BatchNorm statistics of all batches together, from those of each: by network, then as the backbone has them."""
+
+  def pool(*batches):
+    mean = jnp.stack([batch['mean'] for batch in batches])
+    var = jnp.stack([batch['var'] for batch in batches])
+    return {'mean': mean.mean(0), 'var': var.mean(0) + mean.var(0)}
+
+  def is_norm(node):
+    return isinstance(node, Mapping) and set(node) == {'mean', 'var'}
+
+  return {which: jax.tree.map(pool, *trees, is_leaf=is_norm) for which, trees in found.items()}
 
 
 def _held_out(settings: data.DataSettings) -> data.Source | None:

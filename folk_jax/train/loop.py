@@ -84,7 +84,10 @@ def _first_state(
   loaded = {}
   if config.init_from:
     loaded = initial.load(
-      config.init_from, abstract.params, image_size=config.image_size, patch=config.model.patch
+      config.init_from,
+      abstract.params,
+      image_size=config.image_size,
+      patch=run.objective.parts.patch,
     )
   return jax.jit(run.new_state, out_shardings=shardings)(key, loaded)
 
@@ -201,6 +204,7 @@ def _train(
   )
   with writer, progress, contextlib.closing(batches):
     if start == 0 and config.evaluation.at_start:
+      state = evaluation.recalibrated(state)
       evaluate(0)
     for step in range(start + 1, total + 1):
       with timer.waiting():
@@ -219,6 +223,8 @@ def _train(
       report(late.flush())
       if not guard.check_finite(step, {name: float(value) for name, value in values.items()}):
         continue  # Neither judged nor saved: the last checkpoint stays the last good one.
+      with timer.paused():
+        state = evaluation.recalibrated(state)
       # The evaluation first: a step that is saved has been evaluated, whenever the run is killed.
       if evaluates:
         evaluate(step)

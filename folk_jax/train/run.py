@@ -8,7 +8,8 @@ import jax
 import ml_collections
 
 from folk_jax import data, models
-from folk_jax.objectives import Objective, Parts, make_objective
+from folk_jax.objectives import LocalViews, Objective, Parts, make_objective
+from folk_jax.objectives.base import with_statistics
 from folk_jax.signal.augment import Augmentation
 from folk_jax.train import state as state_lib
 from folk_jax.train.optimizer import OptimizerSettings, make_optimizer
@@ -40,19 +41,23 @@ def make_run(config: ml_collections.ConfigDict, images: int) -> Run:
   steps_per_epoch = images / config.batch_size
   total_steps = config.total_steps or max(1, round(config.epochs * steps_per_epoch))
   dtype = compute_dtype(config.model.dtype)
-  fields = dict(config.model) | {'dtype': dtype, 'layer_scale': config.model.layer_scale or None}
   views = [config.views[name] for name in sorted(config.views)]
+  backbone = models.make_backbone(
+    config.model.name, config.image_size, **_backbone_fields(config.model, dtype)
+  )
   parts = Parts(
-    backbone=models.make_backbone(fields.pop('name'), config.image_size, **fields),
+    backbone=backbone,
+    model=config.model.name,
     image_size=config.image_size,
-    patch=config.model.patch,
-    projection=dict(config.projection),
+    patch=backbone.stride,
+    projection=dict(config.projection) if 'projection' in config else None,
     augmentations=tuple(from_config(Augmentation, view) for view in views),
     mean=tuple(config.data.mean),
     std=tuple(config.data.std),
     steps_per_epoch=steps_per_epoch,
     has_teacher=config.teacher.enabled,
     dtype=dtype,
+    local_views=_local_views(config),
   )
   settings = dict(config.objective)
   objective = make_objective(settings.pop('name'), parts, settings)
@@ -67,10 +72,29 @@ def make_run(config: ml_collections.ConfigDict, images: int) -> Run:
 
   def new_state(rng: jax.Array, loaded: Mapping[str, Any]) -> TrainState:
     params, extra = objective.init(rng, None)
-    return state_lib.create(params | dict(loaded), extra, optimizer)
+    loaded = dict(loaded)
+    if (moments := loaded.pop('batch_stats', None)) is not None:
+      extra = with_statistics(extra, moments)
+    return state_lib.create(params | loaded, extra, optimizer)
 
   step = make_train_step(objective, optimizer, seed=config.seed, accumulate=config.accumulate)
   return Run(objective, total_steps, new_state, step, schedules)
+
+
+def _backbone_fields(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+  """`config.model` as `make_backbone` takes it: a layer_scale of 0 is none."""
+  fields = {name: value for name, value in model.items() if name != 'name'} | {'dtype': dtype}
+  return fields | (
+    {'layer_scale': fields['layer_scale'] or None} if 'layer_scale' in fields else {}
+  )
+
+
+def _local_views(config: ml_collections.ConfigDict) -> LocalViews | None:
+  """The device's part of `config.local_views`, which recipes of methods with local crops have."""
+  if 'local_views' not in config or not config.local_views.count:
+    return None
+  local = config.local_views
+  return LocalViews(local.count, local.size, from_config(Augmentation, local))
 
 
 def compute_dtype(name: str) -> str:
@@ -84,6 +108,10 @@ def data_settings(config: ml_collections.ConfigDict) -> data.DataSettings:
   """The data room's settings: `config.data` and the host's part of `config.views`."""
   views = tuple(from_config(data.ViewSettings, config.views[name]) for name in sorted(config.views))
   fields = {k: v for k, v in config.data.items() if k not in ('mean', 'std')}
+  if 'local_views' in config and config.local_views.count:
+    local = config.local_views
+    view = from_config(data.ViewSettings, local)
+    fields['local_views'] = data.LocalViewSettings(local.count, local.size, view)
   return data.DataSettings(image_size=config.image_size, views=views, **fields)
 
 

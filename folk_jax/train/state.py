@@ -16,7 +16,7 @@ class TrainState:
     step: int32 scalar, optimiser steps done.
     params: float32 trees by name: `backbone`, and a head each.
     opt_state: the optax state; its last link holds the EMA teacher (`teacher_of`).
-    extra: the objective's own state (centres, batch statistics).
+    extra: the objective's own state (centres, BatchNorm's statistics: `objectives.base.statistics_state`).
   """
 
   step: jax.Array
@@ -43,3 +43,14 @@ def weights(state: TrainState, which: str) -> dict[str, Any]:
   """Parameters for evaluation: the student's, with the teacher's in place of those it mirrors if `which` asks so."""
   teacher = teacher_of(state) if which == 'teacher' else None
   return dict(state.params) | dict(teacher or {})
+
+
+def statistics(state: TrainState, which: str) -> Any:
+  """BatchNorm's statistics that fit clean images: recalibrated ones, or of a network that saw clean images in training.
+
+  Returns:
+    A tree; {} where the backbone has none.
+  """
+  if 'batch_stats' not in state.extra:
+    return {}
+  return {**state.extra['batch_stats'], **state.extra['clean_stats']}[which]

@@ -82,9 +82,16 @@ def test_workers_evaluate_and_end(settings, monkeypatch):
 
 
 def test_a_ring_hands_views_over_waits_and_ends():
-  ring = transport.Ring(2, (2, 4, 3))
+  ring = transport.Ring(2, {'views': (2, 4, 3), 'local_views': (5,)})
   worker = pickle.loads(pickle.dumps(ring))
-  batches = [{'views': np.full((2, 4, 3), i, np.uint8), 'label': np.arange(i)} for i in range(9)]
+  batches = [
+    {
+      'views': np.full((2, 4, 3), i, np.uint8),
+      'local_views': np.full(5, 100 + i, np.uint8),
+      'label': np.arange(i),
+    }
+    for i in range(9)
+  ]
   for batch in batches:
     assert_same([ring.receive(worker.send(batch))], [batch])
 

@@ -11,6 +11,8 @@ from folk_jax.signal.augment import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 IMAGE_SIZE = 16
 NO_AUGMENTATION = (Augmentation(), Augmentation())
 FOLK_FIELDS = {
+  'filter': 'com_rcom',
+  'radius': 16.0,
   'portions': (0.05,),
   'com_probability': 0.5,
   'ranking': 'shared',
@@ -44,6 +46,7 @@ def make_folk() -> Callable[..., Objective]:
     )
     parts = Parts(
       backbone=backbone,
+      model='vit',
       image_size=IMAGE_SIZE,
       patch=8,
       projection={

@@ -237,7 +237,7 @@ class Recorder:
   def __init__(self):
     self.calls = []
 
-  def apply(self, variables, image_NHWC, sample_keys=None):
+  def apply(self, variables, image_NHWC, sample_keys):
     self.calls.append((variables['params'], image_NHWC, sample_keys))
     n = image_NHWC.shape[0]
     grid = SIZE // PATCH
@@ -382,10 +382,10 @@ def test_gradients_of_the_options_are_the_slope_of_the_loss(make_folk, fields):
 
 def test_evaluation_counts_valid_images_and_sets_the_mean_beside_it(make_folk):
   objective = make_folk(com_probability=1.0, distillation_weight=0.0)
-  params, _, _ = make_state(objective)
+  params, _, extra = make_state(objective)
   params, guess_HWC = bias_only(params, 1)
   batch = BATCH | {'views': BATCH['views'][:, :1], 'valid': np.array([True, False, True, True])}
-  sums = jax.jit(objective.evaluate)(params, batch, RNG)
+  sums = jax.jit(objective.evaluate)(params, extra, batch, RNG)
   image_BHWC = BATCH['views'][:, 0] / 255
   expected = {'reconstruction': 0.0, 'reconstruction_of_mean': 0.0, 'count': 3}
   for image in image_BHWC[batch['valid']]:

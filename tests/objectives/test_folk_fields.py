@@ -80,5 +80,7 @@ def test_a_missing_field_and_an_unknown_objective_are_refused(make_folk, folk_fi
   parts = make_folk().parts
   with pytest.raises(UserError, match='config.objective.gamma is missing'):
     make_objective('folk', parts, {k: v for k, v in folk_fields.items() if k != 'gamma'})
-  with pytest.raises(UserError, match="unknown objective 'fork' .*Known: folk"):
+  with pytest.raises(
+    UserError, match="unknown objective 'fork' .*Did you mean 'folk'.*Known: deblur, .*folk"
+  ):
     make_objective('fork', parts, folk_fields)
