@@ -30,5 +30,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.optimizer.final_learning_rate = 0.0
   c.optimizer.warmup_epochs = 40.0
   c.optimizer.clip = 0.0
-  c.optimizer.decay_exclude = ()  # The reference decays what has two axes or more.
+  c.optimizer.decay_exclude = ('pos_embed',)  # Fixed in the reference, learned here.
   return c

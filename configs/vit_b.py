@@ -145,7 +145,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.evaluation.recalibration_images = (
     4096  # For BatchNorm's statistics, of networks that only saw filtered images.
   )
-  c.evaluation.reconstruction_images = 2048  # Held-out images for eval/reconstruction.
+  c.evaluation.held_out_images = 2048  # For what the objective measures on them; 0: all.
   c.evaluation.at_start = True
 
   c.mesh = ml_collections.ConfigDict({'fsdp': 1})  # Devices over which parameters are sharded.

@@ -63,9 +63,12 @@ class Objective(Protocol):
     ...
 
   def evaluate(
-    self, params: Params, extra: Any, batch: Batch, rng: jax.Array
+    self, params: Params, teacher: Params | None, extra: Any, batch: Batch, rng: jax.Array
   ) -> dict[str, jax.Array]:
-    """Sums over a held-out batch's valid images, `count` their number; reported as `eval/<name>` = sum / count."""
+    """Sums over a held-out batch's valid images, `count` their number; reported as `eval/<name>` = sum / count.
+
+    `params` are the student's; an objective whose teacher is what is judged takes `teacher` where there is one.
+    """
     ...
 
 
@@ -100,6 +103,7 @@ class Parts:
     has_teacher: whether the run keeps an EMA teacher.
     dtype: compute type of heads, 'float32' or 'bfloat16'.
     local_views: small crops beside the views, or None.
+    classes: of the data set's labels; 0 where there are none or the method needs none.
   """
 
   backbone: Any
@@ -114,6 +118,7 @@ class Parts:
   has_teacher: bool
   dtype: str
   local_views: LocalViews | None = None
+  classes: int = 0
 
   def init_backbone(self, rng: jax.Array) -> tuple[models.BackboneOutput, Any, Any]:
     """What the backbone returns for one image, its fresh parameters and its BatchNorm statistics ({} for none)."""

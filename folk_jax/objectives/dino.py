@@ -106,10 +106,10 @@ class Dino:
     return LossOutput(loss=loss, metrics=metrics, extra=extra | {'centre': centre_K})
 
   def evaluate(
-    self, params: Params, extra: Any, batch: Batch, rng: jax.Array
+    self, params: Params, teacher: Params | None, extra: Any, batch: Batch, rng: jax.Array
   ) -> dict[str, jax.Array]:
     """Nothing is rebuilt that could be measured. See `Objective.evaluate`."""
-    del params, extra, rng
+    del params, teacher, extra, rng
     return count_valid(batch)
 
 

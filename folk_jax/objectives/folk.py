@@ -173,9 +173,10 @@ class Folk:
     return LossOutput(loss=total, metrics=metrics | {'loss': total}, extra=extra)
 
   def evaluate(
-    self, params: Params, extra: Any, batch: Batch, rng: jax.Array
+    self, params: Params, teacher: Params | None, extra: Any, batch: Batch, rng: jax.Array
   ) -> dict[str, jax.Array]:
     """Reconstruction of held-out images beside that of predicting the mean colour. See `Objective.evaluate`."""
+    del teacher  # It has no reconstruction head.
     if not self.reconstruction_weight:
       return count_valid(batch)
     return self._reconstruction.held_out(params, extra, batch, rng)

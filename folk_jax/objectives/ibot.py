@@ -154,10 +154,10 @@ class Ibot:
     return LossOutput(loss=loss, metrics=metrics, extra=extra)
 
   def evaluate(
-    self, params: Params, extra: Any, batch: Batch, rng: jax.Array
+    self, params: Params, teacher: Params | None, extra: Any, batch: Batch, rng: jax.Array
   ) -> dict[str, jax.Array]:
     """Nothing is rebuilt that could be measured. See `Objective.evaluate`."""
-    del params, extra, rng
+    del params, teacher, extra, rng
     return count_valid(batch)
 
   def _views(self, view_BVHWC: jax.Array, keys_BV: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -176,9 +176,10 @@ class MaskedModelling:
     )
 
   def evaluate(
-    self, params: Params, extra: Any, batch: Batch, rng: jax.Array
+    self, params: Params, teacher: Params | None, extra: Any, batch: Batch, rng: jax.Array
   ) -> dict[str, jax.Array]:
     """The error on held-out images beside that of predicting zero, the mean. See `Objective.evaluate`."""
+    del teacher  # It has no decoder.
     valid_B = batch['valid'].astype(jnp.float32)
 
     def prepare(image_BHWC, keys_B):

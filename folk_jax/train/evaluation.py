@@ -36,7 +36,7 @@ class Evaluation:
     self._batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
     self._rng = jax.random.key(config.seed)
     self._calibration = self._whole_batches(config.evaluation.recalibration_images, config.seed)
-    self._reconstruct = jax.jit(run.objective.evaluate)
+    self._evaluate = jax.jit(run.objective.evaluate)
     parts, feature = run.objective.parts, config.evaluation.feature
 
     def normalised(image_BHWC):
@@ -61,7 +61,7 @@ class Evaluation:
     which = self._config.which if int(state.step) else 'student'
     params = state_lib.weights(state, which)
     network = params['backbone'], state_lib.statistics(state, which)
-    return self._knn(network) | self._reconstruction(state)
+    return self._knn(network) | self._objective(state)
 
   def recalibrated(self, state: TrainState) -> TrainState:
     """`state` with BatchNorm statistics of clean images for the networks that training showed none.
@@ -117,13 +117,15 @@ class Evaluation:
     top1, top5 = accuracy[self._config.knn_headline]
     return scalars | {'eval/knn_top1': top1, 'eval/knn_top5': top5}
 
-  def _reconstruction(self, state: TrainState) -> dict[str, float]:
+  def _objective(self, state: TrainState) -> dict[str, float]:
+    """What the objective measures on held-out images, averaged over them."""
     totals: dict[str, float] = {}
-    limit = -(-self._config.reconstruction_images // self._batch_size)
+    limit = -(-self._config.held_out_images // self._batch_size) or None
     with contextlib.closing(self._batches(self._test)) as batches:
       for batch in itertools.islice(batches, limit):
         batch = sharding.put_batch(batch, self._mesh)
-        sums = self._reconstruct(state.params, state.extra, batch, self._rng)
+        teacher = state_lib.teacher_of(state)
+        sums = self._evaluate(state.params, teacher, state.extra, batch, self._rng)
         for name, value in jax.device_get(sums).items():
           totals[name] = totals.get(name, 0.0) + float(value)
     count = max(totals.pop('count', 0.0), 1.0)

@@ -123,7 +123,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
   _check_workdir(config, epath.Path(workdir).expanduser())
   settings = data_settings(config)
   source = data.make_source(settings, 'train')
-  run = make_run(config, len(source))
+  run = make_run(config, len(source), len(source.class_names))
   mesh = sharding.make_mesh(config.mesh.fsdp)
   checkpoints = checkpoint.Checkpoints(
     str(epath.Path(workdir).expanduser() / 'checkpoints'),

@@ -36,8 +36,11 @@ class Run:
   schedules: Mapping[str, Callable[[Any], jax.Array]]
 
 
-def make_run(config: ml_collections.ConfigDict, images: int) -> Run:
-  """Builds objective, optimiser and step for a training set of `images` samples. Touches no device memory."""
+def make_run(config: ml_collections.ConfigDict, images: int, classes: int = 0) -> Run:
+  """Builds objective, optimiser and step for a training set of `images` samples. Touches no device memory.
+
+  `classes` is the number of its classes, 0 where it has no labels or none are needed.
+  """
   steps_per_epoch = images / config.batch_size
   total_steps = config.total_steps or max(1, round(config.epochs * steps_per_epoch))
   dtype = compute_dtype(config.model.dtype)
@@ -58,6 +61,7 @@ def make_run(config: ml_collections.ConfigDict, images: int) -> Run:
     has_teacher=config.teacher.enabled,
     dtype=dtype,
     local_views=_local_views(config),
+    classes=classes,
   )
   settings = dict(config.objective)
   objective = make_objective(settings.pop('name'), parts, settings)

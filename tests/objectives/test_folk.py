@@ -385,7 +385,7 @@ def test_evaluation_counts_valid_images_and_sets_the_mean_beside_it(make_folk):
   params, _, extra = make_state(objective)
   params, guess_HWC = bias_only(params, 1)
   batch = BATCH | {'views': BATCH['views'][:, :1], 'valid': np.array([True, False, True, True])}
-  sums = jax.jit(objective.evaluate)(params, extra, batch, RNG)
+  sums = jax.jit(objective.evaluate)(params, None, extra, batch, RNG)
   image_BHWC = BATCH['views'][:, 0] / 255
   expected = {'reconstruction': 0.0, 'reconstruction_of_mean': 0.0, 'count': 3}
   for image in image_BHWC[batch['valid']]:

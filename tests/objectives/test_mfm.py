@@ -211,7 +211,7 @@ def test_held_out_reconstruction_beside_the_mean(parts):
   objective = make_objective('denoise', parts, RESTORATION['denoise'])
   params, extra, guess_HWC = constant_head(objective)
   batch = BATCH | {'valid': np.array([True, False, True, True, True, True])}
-  sums = jax.jit(objective.evaluate)(params, extra, batch, RNG)
+  sums = jax.jit(objective.evaluate)(params, None, extra, batch, RNG)
   target_BHWC = normalised(IMAGES_BHWC)[batch['valid']]
   expected = {
     'count': 5.0,

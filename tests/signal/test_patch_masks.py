@@ -121,13 +121,19 @@ def test_blocks_are_blocks():
 
 
 def test_no_side_of_the_image_is_preferred():
-  """Blocks are cut from above as often as from below, and lie left as often as right."""
+  """Blocks lie above as often as below and left as often as right, and lose their surplus evenly."""
   share_hw = ibot_masks().mean(0)
   # A difference of two shares near 0.5 has deviation sqrt(2 * 0.25 / 4000) = 0.011; five of them.
   np.testing.assert_allclose(share_hw, share_hw[::-1], atol=0.056)
   np.testing.assert_allclose(share_hw, share_hw[:, ::-1], atol=0.056)
   # Few blocks reach into a corner, many cover the centre.
   assert share_hw[0, 0] < 0.1 < 0.4 < share_hw[7, 7]
+  # Tall blocks, of up to four patches where two are to be hidden: cut from one end alone, they would
+  # leave the other end of the column bare.
+  column_h = np.asarray(
+    patch_masks.block_masks(keys(DRAWS), (8, 1), 1.0, (0.25, 0.25), (9.0, 9.0))
+  ).mean((0, 2))
+  np.testing.assert_allclose(column_h, column_h[::-1], atol=0.056)
 
 
 @pytest.mark.parametrize(

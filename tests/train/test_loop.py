@@ -67,7 +67,7 @@ def make_config(**changes):
       'data.test_resize': 0,
       'optimizer.freeze_last_layer_epochs': 1.0,
       'evaluation.knn': (),
-      'evaluation.reconstruction_images': 0,
+      'evaluation.held_out_images': 1,
       'evaluation.at_start': False,
       'logging.tensorboard': False,
       'compilation_cache': '',
