@@ -70,6 +70,41 @@ def _filter(result: Mapping[str, Any]) -> str:
   return f'{_cells(["", "ms", "plain / ours"], rows)}\n\n{words}'
 
 
+def _methods(result: Mapping[str, Any]) -> str:
+  rows = [
+    [
+      row['method'],
+      f'{row["which"]}, {row["feature"]}',
+      f'{row["knn_before"]:.2%}',
+      f'{row["knn_after"]:.2%}',
+      f'{100 * row["gain"]:+.2f}',
+      '-' if row['reconstruction_relative'] is None else f'{row["reconstruction_relative"]:.1%}',
+      row['images_per_second'],
+      row['peak_memory_gib'],
+    ]
+    for row in result['rows']
+  ]
+  header = ['method', 'judged', 'kNN at random init', 'kNN after', 'gain, points']
+  header += ['reconstruction error', 'images/s', 'peak GiB']
+  words = (
+    f'A smoke-scale table: {result["rows"][0]["steps"]} steps of one seed with a small model, every method with the '
+    "optimiser settings of FOLK's small recipe and none tuned. It shows that every method trains in the one harness; "
+    'differences of a few points say nothing about the methods, and some lose against their random initialisation '
+    'this early. An image is one sample, however many views a method takes of it. Reconstruction errors are of '
+    "different quantities: each is relative to predicting that quantity's mean."
+  )
+  return f'{_cells(header, rows)}\n\n{words}'
+
+
+def _filters(result: Mapping[str, Any]) -> str:
+  rows = [
+    [f'`{name}`', milliseconds, f'{result["percent_of_step"][name]:.2f} %']
+    for name, milliseconds in result['filter_ms'].items()
+  ]
+  words = f'The step takes {result["step_ms"]:.0f} ms.'
+  return f'{_cells(["filter", "ms", "of a step"], rows)}\n\n{words}'
+
+
 def _loader(result: Mapping[str, Any]) -> str:
   rows = [
     [name, row['images_per_second'], row['rate_over_bare'], row['processor_time_over_bare']]
@@ -101,7 +136,14 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] 
     '--out=benchmarks/results/cifar10_cpu.json --workdir=runs/seeds_cifar10 --title="CIFAR-10 (JPEG)"',
     _seeds,
   ),
+  (
+    'Every method, smoke scale: CIFAR-10 (JPEG)',
+    'methods_cpu',
+    'python benchmarks/methods.py --path=data/cifar10 --out=benchmarks/results/methods_cpu.json --workdir=runs/methods',
+    _methods,
+  ),
   ('The filter on a CPU', 'filter_cpu', 'python benchmarks/filter.py', _filter),
+  ('Every filter beside a step', 'filters_cpu', 'python benchmarks/filters.py', _filters),
   ('The loader', 'loader_cpu', 'python benchmarks/loader.py --path=FOLDER', _loader),
   ('Beside PyTorch, CPU', 'peer_cpu', 'python benchmarks/peer.py', _peer),
   ('Beside PyTorch, GPU', 'peer_gpu_*', 'benchmarks/gpu.sh --minutes=25', _peer),
