@@ -18,6 +18,8 @@ from PIL import Image
 
 from folk_jax.data import (
   DataSettings,
+  LocalViewSettings,
+  ViewSettings,
   eval_batches,
   make_source,
   pipeline,
@@ -56,13 +58,21 @@ def assert_same(found, wanted):
 
 @pytest.mark.slow
 def test_two_workers_give_the_stream_of_none_and_resume_it(settings):
-  wanted, bad = take(settings(), 9)
-  found, found_bad = take(settings(workers=2), 9)
+  local = LocalViewSettings(3, 16, ViewSettings((0.05, 0.25)))
+  wanted, bad = take(settings(local_views=local), 9)
+  found, found_bad = take(settings(workers=2, local_views=local), 9)
   assert_same(found, wanted)
   assert found_bad == bad
   assert len(bad) == 1
   # An odd step: worker 0 starts where worker 1 stood.
-  assert_same(take(settings(workers=2), 4, step=5)[0], wanted[5:])
+  assert_same(take(settings(workers=2, local_views=local), 4, step=5)[0], wanted[5:])
+  # Global views are cut first: with local views or without, they are the same.
+  assert wanted[0]['local_views'].shape == (8, 3, 16, 16, 3)
+  for batch, plain in zip(wanted, take(settings(), 2)[0], strict=False):
+    np.testing.assert_array_equal(batch['views'], plain['views'])
+    assert 'local_views' not in plain
+    # Crops of another place each, and not the global view made smaller.
+    assert len({row.tobytes() for rows in batch['local_views'] for row in rows}) == 24
   assert multiprocessing.active_children() == []
 
 
