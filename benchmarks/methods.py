@@ -97,24 +97,22 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(result: dict[str, Any], path: pathlib.Path) -> None:
-  """Two panels: kNN before and after, and what a step costs."""
+  """kNN before and after, a line a method."""
   import matplotlib
 
   matplotlib.use('Agg')
   from matplotlib import pyplot as plt
 
   rows = result['rows'][::-1]
-  names, places = [row['method'] for row in rows], range(len(rows))
-  figure, (knn, speed) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, constrained_layout=True)
+  places = range(len(rows))
+  figure, knn = plt.subplots(figsize=(8, 4.6), constrained_layout=True)
   for place, row in zip(places, rows, strict=True):
     before, after = 100 * row['knn_before'], 100 * row['knn_after']
     knn.plot([before, after], [place, place], color='C0' if after > before else 'C3', linewidth=2)
   knn.scatter([100 * row['knn_before'] for row in rows], places, color='grey', label='random init')
   knn.scatter([100 * row['knn_after'] for row in rows], places, color='C0', label='after')
-  knn.set(title='kNN top-1', xlabel='%', yticks=list(places), yticklabels=names)
+  knn.set(xlabel='kNN top-1, %', yticks=list(places), yticklabels=[row['method'] for row in rows])
   knn.legend(fontsize='small')
-  speed.barh(list(places), [row['images_per_second'] for row in rows], color='C0')
-  speed.set(title='training speed', xlabel='images/s')
   machine, steps = result['machine'], result['rows'][0]['steps']
   figure.suptitle(
     f'CIFAR-10 (JPEG), {steps} steps each, one seed: smoke scale. '

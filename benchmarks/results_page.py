@@ -93,6 +93,9 @@ def _methods(result: Mapping[str, Any]) -> str:
     'this early. An image is one sample, however many views a method takes of it. Reconstruction errors are of '
     "different quantities: each is relative to predicting that quantity's mean."
   )
+  machine = result['machine']
+  if machine['load_average'] > 1.5 * machine['cores']:
+    words += ' Other work shared the machine, as its load says: the speeds are no comparison.'
   return f'{_cells(header, rows)}\n\n{words}'
 
 

@@ -19,6 +19,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   models = ('vit_b', 'vit_s', 'resnet50')
   c, given = config_lib.base_recipe(__file__, arg, models=models, filter='radial')
 
+  portions = c.objective.portions
   c.objective = ml_collections.ConfigDict()
   c.objective.name = 'mfm'
   c.objective.filter = (
@@ -26,7 +27,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )  # Low- or high-pass by a disk; 'com_rcom' and others are ablations.
   c.objective.radius = 16.0  # Of the disk at 224 px; scaled with the image.
   c.objective.com_probability = 0.3 if given.model == 'resnet50' else 0.5  # P(low-pass).
-  c.objective.portions = (0.005, 0.01, 0.05)  # For filters that select a share; the disk doesn't.
+  c.objective.portions = portions  # FOLK's, for filters that select a share; the disk doesn't.
   c.objective.ranking = 'shared'
   c.objective.clamp = True
   c.objective.gamma = 1.0
