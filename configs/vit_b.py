@@ -83,6 +83,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.teacher.momentum_final = 1.0  # Cosine, per step.
 
   c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.name = 'adamw'  # Or 'sgd'.
   c.optimizer.learning_rate = 5e-4  # For 256 images; scaled linearly by batch_size / 256.
   c.optimizer.final_learning_rate = 1e-6
   c.optimizer.warmup_epochs = 10.0
@@ -90,9 +91,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.optimizer.weight_decay = 0.04
   c.optimizer.final_weight_decay = 0.4
   c.optimizer.decay_exclude = ()  # Names exempt from decay besides 1-d parameters.
-  c.optimizer.b1 = 0.9
+  c.optimizer.b1 = 0.9  # AdamW's, as are the next two.
   c.optimizer.b2 = 0.999
   c.optimizer.eps = 1e-8
+  c.optimizer.momentum = 0.9  # SGD's.
+  c.optimizer.layer_decay = 1.0  # Of the learning rate, from a ViT's last block down; 1: none.
+  c.optimizer.frozen = ()  # Top-level parameters that never move, such as ('backbone',).
   c.optimizer.clip = 3.0  # 0: none.
   c.optimizer.clip_by = 'parameter'  # As DINO's and iBOT's code; or 'global'.
   c.optimizer.freeze_last_layer_epochs = 1.0
@@ -103,6 +107,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.data.path = arg.path
   c.data.train_split = 'train'
   c.data.test_split = ''  # The first there is of validation, val and test.
+  c.data.validation = 0.0  # Share of the training split held out, for evaluation.split.
   c.data.interpolation = 'bicubic'
   c.data.test_resize = 256  # Short side before the centre crop.
   c.data.mean = (0.485, 0.456, 0.406)
@@ -117,6 +122,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     'scale': (0.14, 1.0),  # Crop's share of the area, cut and flipped on the host ...
     'ratio': (3 / 4, 4 / 3),
     'flip': 0.5,
+    'randaugment': '',  # Such as 'rand-m9-mstd0.5-inc1'; '': none.
     'brightness': 0.4,  # ... and everything from here on the device.
     'contrast': 0.4,
     'saturation': 0.2,
@@ -134,6 +140,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.views.view_2.update({'blur_probability': 0.1, 'solarise_probability': 0.2})
 
   c.evaluation = ml_collections.ConfigDict()
+  c.evaluation.split = 'test'  # Or 'validation', a share of the training split: to choose by.
   c.evaluation.which = 'teacher'  # Or 'student'.
   c.evaluation.batch_size = 512
   c.evaluation.knn = (10, 20, 100, 200)  # Neighbours; () for no kNN.

@@ -42,7 +42,13 @@ def _pretrain(config, workdir: str) -> None:
     sys.exit(1)
 
 
-TASKS: dict[str, Callable] = {'pretrain': _pretrain}
+def _evaluate(config, workdir: str) -> None:
+  from folk_jax import evaluate
+
+  evaluate.evaluate(config, workdir)
+
+
+TASKS: dict[str, Callable] = {'pretrain': _pretrain, 'evaluate': _evaluate}
 
 
 def main(argv: Sequence[str]) -> None:

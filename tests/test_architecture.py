@@ -45,7 +45,13 @@ ENTRIES = {
   'data/prepare.py',
 }
 # The loop is three files: what a run is made of, its evaluation, and the loop itself.
-JOINERS = ENTRIES | {'train/loop.py', 'train/run.py', 'train/evaluation.py'}
+JOINERS = ENTRIES | {
+  'evaluate.py',
+  'suite.py',
+  'train/loop.py',
+  'train/run.py',
+  'train/evaluation.py',
+}
 
 # Third parties: who may import them, as folders (with a slash) or files of folk_jax/.
 OWNERS = {

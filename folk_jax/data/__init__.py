@@ -1,7 +1,7 @@
 """Images from disk to uint8 batches in host memory: NumPy, Grain and TFDS; never jax."""
 
 from folk_jax.data.pipeline import Batches, eval_batches, train_batches
-from folk_jax.data.settings import DataSettings, LocalViewSettings
+from folk_jax.data.settings import DataSettings, LocalViewSettings, MaskSettings
 from folk_jax.data.sources import SOURCES, MissingSplit, Source, Subset, make_source
 from folk_jax.data.views import ViewSettings
 
@@ -10,6 +10,7 @@ __all__ = [
   'Batches',
   'DataSettings',
   'LocalViewSettings',
+  'MaskSettings',
   'MissingSplit',
   'Source',
   'Subset',

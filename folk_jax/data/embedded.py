@@ -115,6 +115,10 @@ class EmbeddedSource(Source):
   def label(self, index: int) -> int:
     return index % len(PHOTOGRAPHS)
 
+  def mask(self, index: int) -> np.ndarray:
+    number, _, _, side = self.box(index)
+    return np.full((side, side), number, np.uint8)  # Every pixel is of its photograph.
+
   def name(self, index: int) -> str:
     number, top, left, side = self.box(index)
     return f'{self.class_names[number]}[{top}:{top + side}, {left}:{left + side}]'

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from folk_jax.data import transport
+from folk_jax.data import masks, transport
 from folk_jax.data.decode import BadImage, decode
 from folk_jax.data.settings import DataSettings
 from folk_jax.data.sources import Source
@@ -59,6 +59,9 @@ def _shapes(settings: DataSettings, rows: int, training: bool) -> transport.Shap
   shapes = {'views': (rows, len(settings.views) if training else 1, side, side, 3)}
   if training and local:
     shapes['local_views'] = (rows, local.count, local.size, local.size, 3)
+  if settings.masks:
+    sides = (side, side) if training else (settings.masks.height, settings.masks.width)
+    shapes |= {'views': (rows, 1, *sides, 3), 'mask': (rows, 1, *sides)}
   return shapes
 
 
@@ -127,6 +130,9 @@ class _TrainTask(_Task):
       batch['valid'][row] = image_HWC is not None
       if image_HWC is not None:
         _restore(rng, state)
+        if settings.masks:
+          masks.set_pair(batch, row, image_HWC, self._source, settings, rng)
+          continue
         for number, view in enumerate(settings.views):
           batch['views'][row, number] = random_view(
             image_HWC, settings.image_size, view, settings.interpolation, rng
@@ -169,6 +175,9 @@ class _EvalTask(_Task):
         batch['valid'][row] = False
         batch[_SKIPPED][row] = 1
         continue
+      if settings.masks:
+        masks.set_pair(batch, row, image_HWC, self._source, settings)
+        continue
       batch['views'][row, 0] = centre_view(
         image_HWC, settings.image_size, settings.short_side, settings.interpolation
       )
@@ -177,9 +186,9 @@ class _EvalTask(_Task):
 class Batches(Iterator[dict[str, np.ndarray]]):
   """An iterator of batches that watches for bad files; close it, or use it in a `with` statement.
 
-  A batch holds `views` uint8 [B, V, S, S, 3], `local_views` uint8 [B, L, s, s, 3] where the settings
-  ask for them, `label` int32 [B] (-1 unknown), `index` int64 [B] (the sample's number in the source,
-  -1 on padding) and `valid` bool [B].
+  A batch holds `views` uint8 [B, V, S, S, 3], `local_views` uint8 [B, L, s, s, 3] and `mask` uint8 [B, 1, S, S] where
+  the settings ask for them (with masks, evaluation fills their canvas), `label` int32 [B] (-1 unknown), `index`
+  int64 [B] (the sample's number in the source, -1 on padding) and `valid` bool [B].
   """
 
   def __init__(

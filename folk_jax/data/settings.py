@@ -28,14 +28,59 @@ class LocalViewSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskSettings:
+  """What masks hold and how pairs are cut.
+
+  Attributes:
+    classes: K; classes are numbered from 0.
+    ignore: id in [K, 255] of pixels that don't count.
+    height, width: of the canvas in pixels on which whole images are evaluated, with padding to the right and below;
+      larger images are scaled down to it.
+    short_side: pixels to which an image's short side is brought before anything else; 0 keeps its own.
+    scale: range of the random factor of training, drawn uniformly; above 0.
+    category_max_ratio: a crop of which one class covers this share or more is drawn anew, ten times at most; 1 for
+      none, 0.75 in UPerNet's common recipe.
+  """
+
+  classes: int
+  ignore: int
+  height: int
+  width: int
+  short_side: int = 0
+  scale: tuple[float, float] = (0.5, 2.0)
+  category_max_ratio: float = 1.0
+
+  def __post_init__(self):
+    object.__setattr__(self, 'scale', tuple(self.scale))
+    if not 2 <= self.classes <= 255:
+      raise UserError(f'data.masks.classes is {self.classes}; give 2 to 255')
+    if not self.classes <= self.ignore <= 255:
+      raise UserError(
+        f'data.masks.ignore is {self.ignore}; give an id from {self.classes} (the number of classes) to 255'
+      )
+    if min(self.height, self.width) < 1 or self.short_side < 0:
+      raise UserError(
+        f'data.masks has height {self.height}, width {self.width} and short_side {self.short_side}; give pixels, and '
+        '0 as short_side to keep an image its size'
+      )
+    if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+      raise UserError(f'data.masks.scale is {self.scale}; give two numbers with 0 < low <= high')
+    if not 0 < self.category_max_ratio <= 1:
+      raise UserError(
+        f'data.masks.category_max_ratio is {self.category_max_ratio}; give a share in (0, 1]'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings:
   """Where images come from and how they are cut.
 
   Attributes:
-    source: 'embedded', 'folder', 'tfds', 'array_record' or 'synthetic'.
+    source: 'embedded', 'folder', 'mask_folder', 'tfds', 'array_record' or 'synthetic'.
     image_size: side of every view in pixels.
     views: how each random view is cut, one entry a view.
     local_views: small crops beside them, or None.
+    masks: what masks hold and how pairs are cut (a mapping of all fields of `MaskSettings` will do), or None.
     name: the TFDS data set, perhaps with config and version ('imagenet2012',
       'oxford_iiit_pet:4.*.*').
     path: the folder of images, of array records, or TFDS's data_dir (or one prepared set's own
@@ -49,6 +94,7 @@ class DataSettings:
     threads: decoding threads in each process.
     prefetch: batches that each process holds ready.
     max_bad_share: share of the data set that may fail to decode before the run stops, in [0, 1].
+    validation: share of the training split that is held out of it, evenly spread, as a split of its own; in [0, 1).
     limit: use this many samples, evenly spread over the data set; 0 uses all.
   """
 
@@ -66,7 +112,9 @@ class DataSettings:
   prefetch: int = 4
   max_bad_share: float = 0.01
   limit: int = 0
+  validation: float = 0.0
   local_views: LocalViewSettings | None = None
+  masks: MaskSettings | None = None
 
   def __post_init__(self):
     object.__setattr__(self, 'views', tuple(self.views))
@@ -88,8 +136,35 @@ class DataSettings:
       value = getattr(self, field)
       if value < least:
         raise UserError(f'data.{field} is {value}; give {least} or more')
+    if not 0 <= self.validation < 1:
+      raise UserError(f'data.validation is {self.validation}; give a share in [0, 1)')
     if not 0 <= self.max_bad_share <= 1:
       raise UserError(f'data.max_bad_share is {self.max_bad_share}; give a share in [0, 1]')
+    if self.masks is not None:
+      self._check_masks()
+
+  def _check_masks(self) -> None:
+    if not isinstance(self.masks, MaskSettings):
+      known = {field.name for field in dataclasses.fields(MaskSettings)}
+      if wrong := sorted(set(self.masks) ^ known):
+        state = 'unknown' if wrong[0] in self.masks else 'missing'
+        raise UserError(
+          f'data.masks.{wrong[0]} is {state}; its fields are {", ".join(sorted(known))}'
+        )
+      object.__setattr__(self, 'masks', MaskSettings(**self.masks))
+    if self.source not in ('mask_folder', 'embedded'):
+      raise UserError(
+        f"data.masks is set and data.source is '{self.source}'; masks come from 'mask_folder'"
+      )
+    if len(self.views) != 1 or self.local_views or self.views[0].randaugment:
+      raise UserError(
+        'data.masks takes one view, no local views and no randaugment, which would bend images without their masks'
+      )
+    if min(self.masks.height, self.masks.width) < self.image_size:
+      raise UserError(
+        f'data.masks has a canvas of {self.masks.height} x {self.masks.width}, smaller than image_size '
+        f'{self.image_size}; give at least that'
+      )
 
   @property
   def short_side(self) -> int:

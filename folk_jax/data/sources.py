@@ -14,7 +14,7 @@ import numpy as np
 from folk_jax.data.settings import DataSettings
 from folk_jax.errors import UserError
 
-SPLITS = ('train', 'test')
+SPLITS = ('train', 'validation', 'test')
 # The order in which an evaluation split is looked for: ImageNet's 'test' has no labels, its
 # 'validation' has.
 TEST_SPLITS = ('validation', 'val', 'test')
@@ -54,6 +54,10 @@ class Source:
     """Returns the class number of sample `index`, -1 where it is unknown."""
     return self.read(index)[1]
 
+  def mask(self, index: int) -> np.ndarray:
+    """Returns the class ids of sample `index`'s pixels, uint8 [H, W], where `settings.masks` is set."""
+    raise NotImplementedError
+
 
 class Subset(Source):
   """Some samples of a source, in an order of their own.
@@ -76,20 +80,33 @@ class Subset(Source):
   def label(self, index: int) -> int:
     return self._source.label(int(self._indices[index]))
 
+  def mask(self, index: int) -> np.ndarray:
+    return self._source.mask(int(self._indices[index]))
+
   def name(self, index: int) -> str:
     return self._source.name(int(self._indices[index]))
 
 
 def evenly_spread(source: Source, limit: int) -> Subset:
   """`limit` samples at most, evenly spread over the source, so that a sorted one keeps all its classes."""
-  count = min(limit, len(source))
-  return Subset(source, np.arange(count) * len(source) // count)
+  return Subset(source, _spread(min(limit, len(source)), len(source)))
+
+
+def _spread(count: int, size: int) -> np.ndarray:
+  """`count` of the numbers below `size`, rising: one at random, always the same, in each of as many equal stretches.
+
+  In sorted data every class keeps its share; equal steps would do as much, and in data whose classes alternate would
+  take all from one.
+  """
+  place = np.random.default_rng(0).random(count)
+  return np.floor((np.arange(count) + place) * (size / count)).astype(np.int64).clip(0, size - 1)
 
 
 # Name -> 'module:class'; imported on use, since a folder run needs neither TFDS nor scikit-image.
 SOURCES = {
   'embedded': 'folk_jax.data.embedded:EmbeddedSource',
   'folder': 'folk_jax.data.folder:FolderSource',
+  'mask_folder': 'folk_jax.data.mask_folder:MaskFolderSource',
   'tfds': 'folk_jax.data.tfds_source:TfdsSource',
   'array_record': 'folk_jax.data.records:ArrayRecordSource',
   'synthetic': 'folk_jax.data.synthetic:SyntheticSource',
@@ -101,7 +118,8 @@ def make_source(settings: DataSettings, split: str) -> Source:
 
   Args:
     settings: which source, where, and how much of it.
-    split: 'train' or 'test'; the settings say which split of the data set that is.
+    split: 'train' or 'test'; the settings say which split of the data set that is. Or 'validation': what the settings
+      hold out of the training split, to choose by instead of by test images.
 
   Returns:
     A source with at least one sample.
@@ -118,7 +136,22 @@ def make_source(settings: DataSettings, split: str) -> Source:
     raise UserError(f"unknown data.source '{settings.source}'; known: {', '.join(SOURCES)}{hint}")
   module, name = SOURCES[settings.source].split(':')
   build: Callable[[DataSettings, str], Source] = getattr(importlib.import_module(module), name)
-  source = build(settings, split)
+  source = build(settings, 'test' if split == 'test' else 'train')
   if not len(source):
     raise UserError(f"data source '{settings.source}' has no samples in its {split} split")
+  if split != 'test' and (settings.validation or split == 'validation'):
+    source = held_out(source, settings.validation, split)
   return evenly_spread(source, settings.limit) if settings.limit else source
+
+
+def held_out(source: Source, share: float, split: str) -> Subset:
+  """The validation part of a training split, evenly spread over it, or the rest."""
+  count = round(share * len(source))
+  if not 0 < count < len(source):
+    raise UserError(
+      f'data.validation={share:g} of {len(source)} training images leaves {count} to validate on; '
+      'give a share that leaves some of both'
+    )
+  chosen = _spread(count, len(source))
+  rest = np.setdiff1d(np.arange(len(source)), chosen)
+  return Subset(source, chosen if split == 'validation' else rest)

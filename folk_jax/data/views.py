@@ -1,7 +1,7 @@
 """Cuts an image into the views that training and evaluation use; uint8 in, uint8 out, NumPy only.
 
-Shapes: V views, H height, W width, S output size. Everything else that augments (colour, blur,
-solarise) runs on the device, in `folk_jax.signal.augment`.
+Shapes: V views, H height, W width, S output size. What else augments runs on the device, in `folk_jax.signal.augment`
+(colour, blur, solarise), but for RandAugment, whose operations are Pillow's.
 
 Two resamplers, for two purposes. Training crops use OpenCV: `INTER_AREA` where both sides shrink, because
 OpenCV's cubic does not antialias, and `INTER_CUBIC` otherwise; it is faster than Pillow's bicubic and close to it.
@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from folk_jax.data import randaugment
 from folk_jax.errors import UserError
 
 INTERPOLATIONS = {
@@ -35,11 +36,13 @@ class ViewSettings:
     scale: range of the crop's area as a share of the image's area, in (0, 1].
     ratio: range of the crop's width over height, drawn log-uniformly.
     flip: probability of a horizontal flip.
+    randaugment: what is done to the cut view (`data.randaugment`), such as 'rand-m9-mstd0.5-inc1'; '' for nothing.
   """
 
   scale: tuple[float, float] = (0.14, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   flip: float = 0.5
+  randaugment: str = ''
 
   def __post_init__(self):
     # Recipes hold lists after a round trip through JSON.
@@ -51,6 +54,8 @@ class ViewSettings:
       raise UserError(f'view ratio is {self.ratio}; give two numbers with 0 < low <= high')
     if not 0 <= self.flip <= 1:
       raise UserError(f'view flip is {self.flip}; give a probability in [0, 1]')
+    if self.randaugment:
+      randaugment.parse(self.randaugment)  # Refuses what it can't read.
 
 
 def crop_box(
@@ -93,12 +98,12 @@ def random_view(
   interpolation: str,
   rng: np.random.Generator,
 ) -> np.ndarray:
-  """Cuts one random view: crop, resize, perhaps flip.
+  """Cuts one random view: crop, resize, perhaps flip, perhaps RandAugment.
 
   Args:
     image_HWC: uint8 [H, W, 3].
     size: side S of the square view in pixels.
-    view: the crop's and the flip's settings.
+    view: how.
     interpolation: 'bicubic' or 'bilinear'.
     rng: source of randomness.
 
@@ -107,11 +112,14 @@ def random_view(
   """
   top, left, height, width = crop_box(*image_HWC.shape[:2], view, rng)
   crop = image_HWC[top : top + height, left : left + width]
-  enlarging, _ = INTERPOLATIONS[interpolation]
+  enlarging, pillow = INTERPOLATIONS[interpolation]
   how = cv2.INTER_AREA if min(height, width) >= size else enlarging
   view_HWC = cv2.resize(crop, (size, size), interpolation=how)
   if rng.random() < view.flip:
     view_HWC = cv2.flip(view_HWC, 1)  # a reversed NumPy view costs 35 times this when it is copied
+  if view.randaugment:
+    policy = randaugment.parse(view.randaugment)
+    view_HWC = randaugment.randaugment(view_HWC, policy, pillow, rng)
   return view_HWC
 
 

@@ -11,53 +11,19 @@ import numpy as np
 from jax import numpy as jnp
 from jax.experimental import multihost_utils
 
-from folk_jax.errors import UserError
-from folk_jax.models import BackboneOutput
+from folk_jax.models.features import FEATURES, encode_options, feature
 
-
-def _mean_patch(output: BackboneOutput) -> jax.Array:
-  return output.patches.astype(jnp.float32).mean(axis=(1, 2))
-
-
-def _concat(output: BackboneOutput) -> jax.Array:
-  return jnp.concatenate([output.pooled.astype(jnp.float32), _mean_patch(output)], axis=-1)
-
-
-FEATURES: dict[str, Callable[[BackboneOutput], jax.Array]] = {
-  'pooled': lambda output: output.pooled,
-  'mean_patch': _mean_patch,
-  'concat': _concat,
-}
-
-
-def feature(output: BackboneOutput, name: str) -> jax.Array:
-  """One vector an image from what a backbone returns.
-
-  Args:
-    output: of a backbone, on B images.
-    name: 'pooled' (a ViT's class token, a ResNet's average pool; DINO's and iBOT's kNN),
-      'mean_patch' (the mean of the patch tokens; MFM's fine-tuning) or 'concat' (both, in this
-      order; iBOT's linear probe of ViT-B).
-
-  Returns:
-    float32 [B, D], or [B, 2D] for 'concat'.
-
-  Raises:
-    UserError: for another name.
-  """
-  if name not in FEATURES:
-    raise UserError(f'unknown feature {name!r}. Known: {", ".join(FEATURES)}.')
-  return FEATURES[name](output).astype(jnp.float32)
+__all__ = ['FEATURES', 'encode_options', 'extract', 'feature']
 
 
 def extract(
-  apply_fn: Callable[[Any, jax.Array], jax.Array],
+  apply_fn: Callable[[Any, jax.Array], Any],
   params: Any,
   batches: Iterable[Mapping[str, np.ndarray]],
   *,
   put: Callable[[np.ndarray], jax.Array] | None = None,
   progress: Callable[[int], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Any, np.ndarray]:
   """Features and labels, on the host, of the valid rows of batches of single views.
 
   One batch is always in flight: the device works on it while the host fetches the one before. On
@@ -65,8 +31,9 @@ def extract(
   the features of all.
 
   Args:
-    apply_fn: `(params, image uint8 [B, H, W, 3]) -> [B, D]`. It is compiled here; pass the same
-      function object again and it is not compiled again.
+    apply_fn: `(params, image uint8 [B, H, W, 3]) -> [B, D]`, or a dict of such features, which then
+      share a forward pass. It is compiled here; pass the same function object again and it is not
+      compiled again.
     params: its parameters, on the devices.
     batches: dicts with `views` uint8 [B, 1, H, W, 3], `label` int32 [B] and `valid` bool [B]; all
       of one size B.
@@ -75,7 +42,7 @@ def extract(
     progress: called with the number of rows, padding apart, each time a batch is done.
 
   Returns:
-    features float32 [N, D] and labels int32 [N], in the order of the batches.
+    features float32 [N, D], or a dict of them, and labels int32 [N], in the order of the batches.
 
   Raises:
     ValueError: if a batch does not hold exactly one view an image, or no row is valid.
@@ -85,9 +52,9 @@ def extract(
   features, labels = [], []
 
   def collect(pending: tuple[Any, Any, Any]) -> None:
-    feature_BD, label_B, valid_B = _to_host(pending)
+    found, label_B, valid_B = _to_host(pending)
     valid_B = np.asarray(valid_B, bool)
-    features.append(np.asarray(feature_BD, np.float32)[valid_B])
+    features.append(jax.tree.map(lambda x_BD: np.asarray(x_BD, np.float32)[valid_B], found))
     labels.append(np.asarray(label_B, np.int32)[valid_B])
     if progress:
       progress(int(valid_B.sum()))
@@ -99,21 +66,22 @@ def extract(
       raise ValueError(
         f'evaluation takes views of shape [B, 1, H, W, 3], found {views_BVHWC.shape}'
       )
-    feature_BD = apply_fn(params, put(views_BVHWC[:, 0]))
+    found = apply_fn(params, put(views_BVHWC[:, 0]))
     label_B, valid_B = batch['label'], batch['valid']
     if jax.process_count() > 1:
       # Rows of a global array lie in the order of the mesh's devices: labels travel the same way.
       label_B, valid_B = put(label_B), put(valid_B)
     else:
-      feature_BD.copy_to_host_async()
+      for feature_BD in jax.tree.leaves(found):
+        feature_BD.copy_to_host_async()
     if pending is not None:
       collect(pending)
-    pending = feature_BD, label_B, valid_B
+    pending = found, label_B, valid_B
   if pending is not None:
     collect(pending)
   if not sum(map(len, labels)):
     raise ValueError('no valid image among the batches to extract features from')
-  return np.concatenate(features), np.concatenate(labels)
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *features), np.concatenate(labels)
 
 
 def _to_host(arrays: Any) -> Any:

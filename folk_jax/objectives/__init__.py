@@ -10,8 +10,11 @@ from folk_jax.objectives.base import LocalViews, LossOutput, Objective, Parts
 from folk_jax.objectives.dino import Dino
 from folk_jax.objectives.folk import Folk
 from folk_jax.objectives.ibot import Ibot
+from folk_jax.objectives.linear_probe import LinearProbe
 from folk_jax.objectives.mae import Mae
 from folk_jax.objectives.mfm import Deblur, Denoise, Mfm, SuperResolution
+from folk_jax.objectives.segment import Segment
+from folk_jax.objectives.supervised import Supervised
 from folk_jax.objectives.wavelet_mim import WaveletMim
 
 OBJECTIVES = {
@@ -24,6 +27,9 @@ OBJECTIVES = {
   'mae': Mae,
   'dino': Dino,
   'ibot': Ibot,
+  'supervised': Supervised,
+  'linear_probe': LinearProbe,
+  'segment': Segment,
 }
 
 __all__ = [

@@ -67,7 +67,9 @@ class Objective(Protocol):
   ) -> dict[str, jax.Array]:
     """Sums over a held-out batch's valid images, `count` their number; reported as `eval/<name>` = sum / count.
 
-    `params` are the student's; an objective whose teacher is what is judged takes `teacher` where there is one.
+    `params` are the student's; an objective whose teacher is what is judged takes `teacher` where there is one. Sums
+    may be arrays where the objective also has `finish(totals) -> scalars`, which then takes the place of
+    `mean_over_count`: a mean of ratios is not the ratio of sums.
     """
     ...
 
@@ -216,6 +218,12 @@ def from_fields(kind: type, objective: Any, **given: Any) -> Any:
   """A component from those fields of an objective that it shares with it; `given` come beside them."""
   names = {field.name for field in dataclasses.fields(kind)} - given.keys()
   return kind(**{name: getattr(objective, name) for name in names}, **given)
+
+
+def mean_over_count(totals: Mapping[str, Any]) -> dict[str, Any]:
+  """Sums over all held-out batches to means over images: what is reported unless an objective has a `finish`."""
+  count = max(totals['count'], 1.0)
+  return {name: total / count for name, total in totals.items() if name != 'count'}
 
 
 def count_valid(batch: Batch) -> dict[str, jax.Array]:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from folk_jax import data, models
 from folk_jax.evals import features, knn
+from folk_jax.objectives.base import mean_over_count
 from folk_jax.signal.augment import normalise
 from folk_jax.train import sharding
 from folk_jax.train import state as state_lib
@@ -32,18 +33,20 @@ class Evaluation:
     self, config: ml_collections.ConfigDict, run: Run, settings: data.DataSettings, mesh: Mesh
   ):
     self._config, self._settings, self._mesh = config.evaluation, settings, mesh
-    self._bank, self._test = data.make_source(settings, 'train'), _held_out(settings)
+    self._bank, self._test = data.make_source(settings, 'train'), _held_out(config, settings)
     self._batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
     self._rng = jax.random.key(config.seed)
     self._calibration = self._whole_batches(config.evaluation.recalibration_images, config.seed)
-    self._evaluate = jax.jit(run.objective.evaluate)
+    self._objective, self._evaluate = run.objective, jax.jit(run.objective.evaluate)
     parts, feature = run.objective.parts, config.evaluation.feature
 
     def normalised(image_BHWC):
       return normalise(image_BHWC.astype(jnp.float32) / 255.0, parts.mean, parts.std)
 
+    options = features.encode_options(feature, parts.backbone)
+
     def extract(network, image_BHWC):
-      output, _ = models.encode(parts.backbone, *network, normalised(image_BHWC))
+      output, _ = models.encode(parts.backbone, *network, normalised(image_BHWC), **options)
       return features.feature(output, feature)
 
     def moments(params, statistics, image_BHWC):
@@ -61,7 +64,7 @@ class Evaluation:
     which = self._config.which if int(state.step) else 'student'
     params = state_lib.weights(state, which)
     network = params['backbone'], state_lib.statistics(state, which)
-    return self._knn(network) | self._objective(state)
+    return self._knn(network) | self._measured(state)
 
   def recalibrated(self, state: TrainState) -> TrainState:
     """`state` with BatchNorm statistics of clean images for the networks that training showed none.
@@ -70,7 +73,7 @@ class Evaluation:
     `evaluation.recalibration_images` centre views, drawn once from the training set. A state without BatchNorm comes
     back as it is.
     """
-    if 'clean_stats' not in state.extra:
+    if 'clean_stats' not in state.extra or not state.extra['clean_stats']:
       return state
     networks = {
       which: (state_lib.weights(state, which)['backbone'], statistics)
@@ -117,9 +120,9 @@ class Evaluation:
     top1, top5 = accuracy[self._config.knn_headline]
     return scalars | {'eval/knn_top1': top1, 'eval/knn_top5': top5}
 
-  def _objective(self, state: TrainState) -> dict[str, float]:
-    """What the objective measures on held-out images, averaged over them."""
-    totals: dict[str, float] = {}
+  def _measured(self, state: TrainState) -> dict[str, float]:
+    """What the objective measures on held-out images: averaged over them, or as it says itself."""
+    totals: dict[str, Any] = {}
     limit = -(-self._config.held_out_images // self._batch_size) or None
     with contextlib.closing(self._batches(self._test)) as batches:
       for batch in itertools.islice(batches, limit):
@@ -127,9 +130,9 @@ class Evaluation:
         teacher = state_lib.teacher_of(state)
         sums = self._evaluate(state.params, teacher, state.extra, batch, self._rng)
         for name, value in jax.device_get(sums).items():
-          totals[name] = totals.get(name, 0.0) + float(value)
-    count = max(totals.pop('count', 0.0), 1.0)
-    return {f'eval/{name}': total / count for name, total in totals.items()}
+          totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
+    scalars = getattr(self._objective, 'finish', mean_over_count)(totals)
+    return {f'eval/{name}': float(value) for name, value in scalars.items()}
 
 
 def _pooled(found: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -146,10 +149,10 @@ def _pooled(found: Mapping[str, list[Any]]) -> dict[str, Any]:
   return {which: jax.tree.map(pool, *trees, is_leaf=is_norm) for which, trees in found.items()}
 
 
-def _held_out(settings: data.DataSettings) -> data.Source | None:
-  """The test split; None, said in a warning, where the data have none and none was asked for by name."""
+def _held_out(config: ml_collections.ConfigDict, settings: data.DataSettings) -> data.Source | None:
+  """The split to judge by; None, said in a warning, where the data have none and none was asked for by name."""
   try:
-    return data.make_source(settings, 'test')
+    return data.make_source(settings, config.evaluation.split)
   except data.MissingSplit as error:
     if settings.test_split:
       raise

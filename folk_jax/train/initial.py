@@ -14,7 +14,9 @@ from folk_jax.errors import UserError
 from folk_jax.interop import timm
 
 
-def load(init_from: str, params: dict[str, Any], *, image_size: int, patch: int) -> dict[str, Any]:
+def load(
+  init_from: str, params: dict[str, Any], *, image_size: int, patch: int, which: str = 'teacher'
+) -> dict[str, Any]:
   """The weights of `init_from` that fit `params`, by name.
 
   A workdir gives the backbone, from its teacher where it has one, and those heads whose shapes agree. A timm
@@ -26,6 +28,7 @@ def load(init_from: str, params: dict[str, Any], *, image_size: int, patch: int)
     params: the run's parameters or their shapes, by name.
     image_size: of the run that starts, in pixels.
     patch: of its backbone, in pixels: a ViT's patch, a ResNet's stride.
+    which: 'teacher' takes a workdir's teacher where it has one; 'student' doesn't.
 
   Returns:
     NumPy trees by name, `backbone` always among them; what is missing starts fresh. For a ResNet also `batch_stats`,
@@ -42,7 +45,7 @@ def load(init_from: str, params: dict[str, Any], *, image_size: int, patch: int)
   grid = (image_size // patch,) * 2
   if path.suffix == '.safetensors':
     return _backbone(timm.load_timm_file(str(path)), params['backbone'], grid)
-  return _from_workdir(path, params, grid)
+  return _from_workdir(path, params, grid, which)
 
 
 def read_statistics(directory: str, which: str, step: int | None = None) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def _backbone(
 
 
 def _from_workdir(
-  path: epath.Path, params: dict[str, Any], grid: tuple[int, int]
+  path: epath.Path, params: dict[str, Any], grid: tuple[int, int], which: str
 ) -> dict[str, Any]:
   config_file = path / 'config.json'
   if not config_file.exists():
@@ -92,7 +95,7 @@ def _from_workdir(
   directory = str(path / 'checkpoints')
   student, _, step = checkpoint.read_subtree(directory, ('params',))
   teacher = {}
-  if config['teacher']['enabled']:
+  if config['teacher']['enabled'] and which == 'teacher':
     teacher, _, _ = checkpoint.read_subtree(directory, ('opt_state', '**', 'teacher'))
   loaded = {}
   for name, fresh in params.items():

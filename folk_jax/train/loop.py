@@ -137,6 +137,21 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
     _train(config, workdir, run, state, source, settings, checkpoints, mesh)
 
 
+def judged(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
+  """What the evaluation of `config` says of the newest checkpoint in `workdir`, as `eval/<name>`."""
+  settings = data_settings(config)
+  source = data.make_source(settings, 'train')
+  run = make_run(config, len(source), len(source.class_names))
+  mesh = sharding.make_mesh(config.mesh.fsdp)
+  directory = epath.Path(workdir).expanduser() / 'checkpoints'
+  with (
+    jax.set_mesh(mesh),
+    checkpoint.Checkpoints(str(directory), 0, 1, 0, False) as checkpoints,
+  ):
+    state = _first_state(config, run, source, checkpoints, mesh)
+    return Evaluation(config, run, settings, mesh)(state)
+
+
 def _train(
   config: ml_collections.ConfigDict,
   workdir: str,
@@ -239,10 +254,22 @@ def _train(
     print(_summary(workdir, total))
 
 
+# What a person looks for in an evaluation, in this order.
+_HEADLINES = {
+  'eval/knn_top1': 'kNN top-1',
+  'eval/top1': 'top-1',
+  'eval/top5': 'top-5',
+  'eval/miou': 'mIoU',
+  'eval/pixel_accuracy': 'pixel accuracy',
+}
+
+
 def _evaluation_line(step: int, scalars: Mapping[str, float]) -> str:
   fields = [f'evaluation at step {step}:']
-  if 'eval/knn_top1' in scalars:
-    fields.append(f'kNN top-1 {scalars["eval/knn_top1"]:.2%}')
+  fields += [f'{name} {scalars[key]:.2%}' for key, name in _HEADLINES.items() if key in scalars]
+  heads = [value for key, value in scalars.items() if key.startswith('eval/top1_')]
+  if heads:
+    fields.append(f'top-1 of {len(heads)} heads {min(heads):.2%} to {max(heads):.2%}')
   if 'eval/reconstruction' in scalars:
     share = scalars['eval/reconstruction'] / max(scalars['eval/reconstruction_of_mean'], 1e-12)
     fields.append(f'reconstruction error {share:.1%} of predicting the mean')
@@ -251,12 +278,12 @@ def _evaluation_line(step: int, scalars: Mapping[str, float]) -> str:
 
 def _summary(workdir: str, total: int) -> str:
   """What a person wants to know at the end: the features before and after, and where everything is."""
-  evaluations = [line for line in metrics.read_metrics(workdir) if 'eval/knn_top1' in line]
+  logged = metrics.read_metrics(workdir)
   lines = [f'done: {total} steps in {workdir}']
-  if evaluations:
-    before, after = evaluations[0], evaluations[-1]
-    lines.append(
-      f'kNN top-1: {before["eval/knn_top1"]:.2%} at step {before["step"]}, '
-      f'{after["eval/knn_top1"]:.2%} at step {after["step"]}'
-    )
+  for key, name in _HEADLINES.items():
+    if found := [line for line in logged if key in line]:
+      before, after = found[0], found[-1]
+      lines.append(
+        f'{name}: {before[key]:.2%} at step {before["step"]}, {after[key]:.2%} at step {after["step"]}'
+      )
   return '\n'.join(lines)

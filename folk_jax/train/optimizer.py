@@ -1,4 +1,4 @@
-"""AdamW as the papers' code has it: schedules, decay masks, clipping and a last layer that starts late."""
+"""AdamW and SGD as the papers' code has them: schedules, decay masks, clips, a late last layer, layer decay."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from folk_jax import schedules
@@ -18,7 +19,10 @@ _STACKED = 'blocks'
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-  """Fields of `config.optimizer`; the learning rate is for 256 images and is scaled linearly by the batch."""
+  """Fields of `config.optimizer`; the learning rate is for 256 images and is scaled linearly by the batch.
+
+  `b1`, `b2` and `eps` are AdamW's, `momentum` is SGD's. `layer_decay` 1 and an empty `frozen` change nothing.
+  """
 
   learning_rate: float
   final_learning_rate: float
@@ -33,6 +37,10 @@ class OptimizerSettings:
   clip: float
   clip_by: str
   freeze_last_layer_epochs: float
+  name: str = 'adamw'
+  momentum: float = 0.9
+  layer_decay: float = 1.0
+  frozen: tuple[str, ...] = ()
 
 
 class DelayedState(NamedTuple):
@@ -84,6 +92,82 @@ _CLIPS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 }
 
 
+def layer_scales(params: Any, decay: float) -> Any:
+  """Factors of the learning rate by layer, as BEiT's fine-tuning has them (arXiv 2106.08254; MFM's code, too).
+
+  Of a ViT of L blocks, block l of 0 .. L-1 gets decay^(L - l); patch embedding, class token and positions get
+  decay^(L + 1); the final norm and every head get 1.
+
+  Args:
+    params: trees by name, with `backbone`, whose blocks are stacked on a leading axis.
+    decay: in (0, 1].
+
+  Returns:
+    A tree like `params`, of float32 arrays that broadcast against its leaves.
+
+  Raises:
+    UserError: a backbone without stacked blocks.
+  """
+  backbone = params['backbone']
+  if _STACKED not in backbone:
+    raise UserError(
+      f'config.optimizer.layer_decay {decay} needs a ViT, whose blocks have an order; found a backbone of '
+      f'{", ".join(sorted(backbone)[:3])}, ...: set it to 1.0.'
+    )
+  depth = jax.tree.leaves(backbone[_STACKED])[0].shape[0]
+  power_L = np.arange(depth, 0, -1)
+
+  def scale(path, leaf):
+    if _name(path[0]) != 'backbone' or _name(path[1]) == 'norm':
+      return np.float32(1)
+    if _name(path[1]) != _STACKED:
+      return np.float32(decay ** (depth + 1))
+    return np.float32(decay**power_L).reshape(-1, *[1] * (leaf.ndim - 1))
+
+  return jax.tree.map_with_path(scale, params)
+
+
+def scale_by_layer(decay: float) -> optax.GradientTransformation:
+  """Multiplies updates by `layer_scales`; weight decay, which is among them, is scaled as the reference scales it."""
+
+  def init(params):
+    layer_scales(params, decay)  # Refuses what has no layers before anything is trained.
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    del params
+    scales = layer_scales(updates, decay)
+    return jax.tree.map(jnp.multiply, updates, scales), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def without_frozen(frozen: tuple[str, ...]) -> optax.GradientTransformation:
+  """Zeros in place of the gradients of the trees named: a clip of the global norm must not count them."""
+
+  def init(params):
+    if unknown := sorted(set(frozen) - set(params)):
+      raise UserError(
+        f'unknown config.optimizer.frozen {unknown[0]!r}. Known: {", ".join(sorted(params))}.'
+      )
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    del params
+    zeros = {name: jax.tree.map(jnp.zeros_like, updates[name]) for name in frozen}
+    return dict(updates) | zeros, state
+
+  return optax.GradientTransformation(init, update)
+
+
+# Name -> the links between the clipped gradient and the learning rate, given the settings and the link that adds decay.
+_RULES: dict[str, Callable[..., tuple[optax.GradientTransformation, ...]]] = {
+  'adamw': lambda s, decay: (optax.scale_by_adam(s.b1, s.b2, s.eps), decay),
+  # torch's: the decay is part of the gradient that momentum gathers, without dampening or Nesterov.
+  'sgd': lambda s, decay: (decay, optax.trace(s.momentum)),
+}
+
+
 def decay_mask(params: Any, exclude: tuple[str, ...] = ()) -> Any:
   """True where weight decay applies: parameters of two axes or more (layers unstacked) that `exclude` doesn't name."""
 
@@ -103,7 +187,7 @@ def make_optimizer(
   teacher_parts: tuple[str, ...] = (),
   momentum: tuple[float, float] = (0.996, 1.0),
 ) -> tuple[optax.GradientTransformationExtraArgs, dict[str, Callable[[jax.Array], jax.Array]]]:
-  """The whole chain: clip, AdamW, late last layer, EMA teacher.
+  """The whole chain: clip, AdamW or SGD, late last layer, layer decay, EMA teacher.
 
   Args:
     settings: `config.optimizer`.
@@ -117,8 +201,17 @@ def make_optimizer(
     The transformation, and its schedules by name (learning_rate, weight_decay, teacher_momentum) for the log.
 
   Raises:
-    UserError: for an unknown `clip_by` or `schedule`.
+    UserError: for an unknown `name`, `clip_by` or `schedule`, or a `layer_decay` or `momentum` out of range; and from
+      the transformation's `init`, for a `frozen` name that isn't there or layer decay without a ViT.
   """
+  if settings.name not in _RULES:
+    raise UserError(f'unknown config.optimizer.name {settings.name!r}. Known: {", ".join(_RULES)}.')
+  if not 0 < settings.layer_decay <= 1:
+    raise UserError(
+      f'config.optimizer.layer_decay {settings.layer_decay} must lie in (0, 1]; 1.0 is none.'
+    )
+  if not 0 <= settings.momentum < 1:
+    raise UserError(f'config.optimizer.momentum {settings.momentum} must lie in [0, 1).')
   if settings.clip_by not in _CLIPS:
     raise UserError(
       f'unknown config.optimizer.clip_by {settings.clip_by!r}. Known: {", ".join(_CLIPS)}.'
@@ -146,20 +239,24 @@ def make_optimizer(
     'teacher_momentum': schedules.cosine(*momentum, total_steps),
   }
 
-  def adamw(start_step: int) -> optax.GradientTransformation:
-    """AdamW whose own step 0 is the run's `start_step`."""
-    return optax.chain(
-      optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
-      optax.add_decayed_weights(
-        _shifted(rates['weight_decay'], start_step),
-        mask=lambda tree: decay_mask(tree, settings.decay_exclude),
-      ),
-      optax.scale_by_learning_rate(_shifted(rates['learning_rate'], start_step)),
+  def rule(start_step: int) -> optax.GradientTransformation:
+    """The optimiser whose own step 0 is the run's `start_step`."""
+    decay = optax.add_decayed_weights(
+      _shifted(rates['weight_decay'], start_step),
+      mask=lambda tree: decay_mask(tree, settings.decay_exclude),
     )
+    rate = optax.scale_by_learning_rate(_shifted(rates['learning_rate'], start_step))
+    return optax.chain(*_RULES[settings.name](settings, decay), rate)
 
   late = round(settings.freeze_last_layer_epochs * steps_per_epoch)
+  groups = {'now': rule(0), 'late': delayed(rule(late), late)}
   links = [_CLIPS[settings.clip_by](settings.clip)] if settings.clip else []
-  links.append(optax.partition({'now': adamw(0), 'late': delayed(adamw(late), late)}, _labels))
+  if settings.frozen:
+    groups['frozen'] = optax.set_to_zero()
+    links.insert(0, without_frozen(settings.frozen))
+  links.append(optax.partition(groups, lambda params: _labels(params, settings.frozen)))
+  if settings.layer_decay != 1:
+    links.append(scale_by_layer(settings.layer_decay))
   if teacher_parts:
     links.append(ema_teacher(rates['teacher_momentum'], teacher_parts))
   else:
@@ -171,11 +268,14 @@ def _shifted(schedule: optax.Schedule, start_step: int) -> optax.Schedule:
   return lambda count: schedule(count + start_step)
 
 
-def _labels(params: Any) -> Any:
-  """'late' for the projection head's last layer, 'now' for everything else."""
-  return jax.tree.map_with_path(
-    lambda path, _: 'late' if 'last_layer' in map(_name, path) else 'now', params
-  )
+def _labels(params: Any, frozen: tuple[str, ...]) -> Any:
+  """'frozen' for the trees so named, 'late' for the projection head's last layer, 'now' for everything else."""
+
+  def label(path, _):
+    names = [_name(entry) for entry in path]
+    return 'frozen' if names[0] in frozen else 'late' if 'last_layer' in names else 'now'
+
+  return jax.tree.map_with_path(label, params)
 
 
 def _is_stacked(path: tuple[Any, ...]) -> bool:

@@ -45,9 +45,7 @@ def make_run(config: ml_collections.ConfigDict, images: int, classes: int = 0) -
   total_steps = config.total_steps or max(1, round(config.epochs * steps_per_epoch))
   dtype = compute_dtype(config.model.dtype)
   views = [config.views[name] for name in sorted(config.views)]
-  backbone = models.make_backbone(
-    config.model.name, config.image_size, **_backbone_fields(config.model, dtype)
-  )
+  backbone = make_backbone(config)
   parts = Parts(
     backbone=backbone,
     model=config.model.name,
@@ -85,12 +83,13 @@ def make_run(config: ml_collections.ConfigDict, images: int, classes: int = 0) -
   return Run(objective, total_steps, new_state, step, schedules)
 
 
-def _backbone_fields(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-  """`config.model` as `make_backbone` takes it: a layer_scale of 0 is none."""
-  fields = {name: value for name, value in model.items() if name != 'name'} | {'dtype': dtype}
-  return fields | (
-    {'layer_scale': fields['layer_scale'] or None} if 'layer_scale' in fields else {}
-  )
+def make_backbone(config: ml_collections.ConfigDict) -> Any:
+  """The backbone that `config.model` describes; a layer_scale of 0 is none."""
+  fields = dict(config.model) | {'dtype': compute_dtype(config.model.dtype)}
+  name = fields.pop('name')
+  if 'layer_scale' in fields:
+    fields['layer_scale'] = fields['layer_scale'] or None
+  return models.make_backbone(name, config.image_size, **fields)
 
 
 def _local_views(config: ml_collections.ConfigDict) -> LocalViews | None:

@@ -2,6 +2,7 @@
 not there.
 """
 
+import dataclasses
 import itertools
 import os
 import pickle
@@ -12,6 +13,7 @@ from PIL import Image
 
 from folk_jax.data import DataSettings, make_source
 from folk_jax.data.embedded import PHOTOGRAPHS, EmbeddedSource, region
+from folk_jax.data.sources import Source, evenly_spread, held_out
 from folk_jax.errors import UserError
 
 
@@ -122,7 +124,7 @@ def test_unknown_names_list_the_known():
   settings = DataSettings(source='folders', image_size=8)
   with pytest.raises(UserError, match=r"'folders'; known: embedded, .*did you mean 'folder'\?"):
     make_source(settings, 'train')
-  with pytest.raises(UserError, match="unknown split 'val'; known: train, test"):
+  with pytest.raises(UserError, match="unknown split 'val'; known: train, validation, test"):
     make_source(DataSettings(source='synthetic', image_size=8), 'val')
 
 
@@ -215,3 +217,48 @@ def test_sources_travel_to_workers(name, tmp_path):
   copy = pickle.loads(pickle.dumps(source))
   assert (len(copy), copy.name(0), copy.label(0)) == (len(source), source.name(0), source.label(0))
   np.testing.assert_array_equal(copy.fetch(0), source.fetch(0))
+
+
+def test_a_validation_split_and_the_rest_make_the_training_split():
+  """Of a sorted source both parts keep every class; the test split and its size stay."""
+  plain = DataSettings(source='synthetic', image_size=8)
+  held = dataclasses.replace(plain, validation=0.25)
+  whole, train, validation = (
+    make_source(settings, split)
+    for settings, split in ((plain, 'train'), (held, 'train'), (held, 'validation'))
+  )
+  assert len(validation) == round(0.25 * len(whole)) and len(train) + len(validation) == len(whole)
+  names = [source.name(i) for source in (train, validation) for i in range(len(source))]
+  assert sorted(names) == sorted(whole.name(i) for i in range(len(whole)))
+  assert len(set(names)) == len(whole)
+  assert len(make_source(held, 'test')) == len(make_source(plain, 'test'))
+  # Evenly spread: one in each stretch of four.
+  chosen = np.array([int(validation._indices[i]) for i in range(len(validation))])
+  np.testing.assert_array_equal(chosen // 4, np.arange(len(validation)))
+  # A limit takes its share of what is left.
+  limited = make_source(dataclasses.replace(held, limit=10), 'train')
+  assert len(limited) == 10 and {limited.name(i) for i in range(10)} <= set(names[: len(train)])
+
+
+@pytest.mark.parametrize('share, split', [(0.0, 'validation'), (1e-6, 'train')])
+def test_a_validation_split_without_images_is_refused(share, split):
+  settings = DataSettings(source='synthetic', image_size=8, validation=share)
+  with pytest.raises(UserError, match='leaves 0 to validate on'):
+    make_source(settings, split)
+
+
+@pytest.mark.parametrize('order', ['sorted', 'alternating'])
+def test_a_limit_and_a_validation_split_keep_every_class(tmp_path, order):
+  """Whether the source lists class after class, or each class in turn."""
+
+  class Labelled(Source):
+    def __len__(self):
+      return 1000
+
+    def read(self, index):
+      return b'', index // 100 if order == 'sorted' else index % 10
+
+  for subset in (evenly_spread(Labelled(), 200), held_out(Labelled(), 0.2, 'validation')):
+    counts = np.bincount([subset.label(i) for i in range(len(subset))], minlength=10)
+    # 20 of each on average; sorted data give that exactly, alternating ones by chance.
+    assert len(subset) == 200 and counts.min() >= (20 if order == 'sorted' else 8)

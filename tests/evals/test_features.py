@@ -71,6 +71,18 @@ def test_bfloat16_features_come_back_as_float32():
   np.testing.assert_array_equal(features[:, 0], np.arange(4))
 
 
+def test_several_features_share_a_pass():
+  def network(params, image_BHWC):
+    colour = mean_colour(params, image_BHWC)
+    return {'colour': colour, 'square': jnp.square(colour[:, :1])}
+
+  features, labels = extract(network, jnp.float32(1.0), batches(2, padding=1))
+  number = np.arange(7)[:, None]
+  assert set(features) == {'colour', 'square'} and len(labels) == 7
+  np.testing.assert_array_equal(features['colour'], np.tile(number, (1, 3)))
+  np.testing.assert_array_equal(features['square'], number**2)
+
+
 def test_one_batch_is_in_flight():
   events = []
 

@@ -25,7 +25,11 @@ RECIPES = {
   'mae': ('mae.py', 'smoke'),
   'dino': ('dino.py', 'local_crops=2,smoke'),
   'ibot': ('ibot.py', 'local_crops=2,smoke'),
+  'supervised': ('finetune.py', 'smoke'),
+  'linear_probe': ('linear.py', 'smoke'),
+  'segment': ('camvid.py', 'head=upernet,smoke'),
 }
+IMAGES, CLASSES = 256, 10
 RNG, STEP = jax.random.key(7), 3
 
 
@@ -51,10 +55,13 @@ def make_batch(config, size: int, seed: int = 0):
   side, views = config.image_size, len(config.views)
   batch = {
     'views': rng.integers(0, 256, (size, views, side, side, 3), dtype=np.uint8),
-    'label': np.zeros(size, np.int32),
+    'label': rng.integers(0, CLASSES, size, dtype=np.int32),
     'index': rng.permutation(1000)[:size].astype(np.int32),
     'valid': np.ones(size, bool),
   }
+  if 'masks' in config.data:
+    shape = (size, 1, side, side)
+    batch['mask'] = rng.integers(0, config.data.masks.classes + 1, shape, dtype=np.uint8)
   if 'local_views' in config:
     local = config.local_views
     shape = (size, local.count, local.size, local.size, 3)
@@ -130,7 +137,7 @@ def main():
   results = {}
   for name in RECIPES:
     config = make_config(name)
-    made = run.make_run(config, 256)
+    made = run.make_run(config, IMAGES, CLASSES)
     state, batch = make_state(made), make_batch(config, 16)
     gradients = loss_and_gradients(made.objective)
     found = {}
