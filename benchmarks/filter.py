@@ -8,7 +8,6 @@ run by turns in one process, so that whatever else the machine does hits each al
 
 import argparse
 import pathlib
-import time
 from collections.abc import Callable
 
 import jax
@@ -106,19 +105,6 @@ def programs(batch: int, size: int) -> dict[str, Callable[[], jax.Array]]:
   }
 
 
-def measure(runs: dict[str, Callable[[], jax.Array]], rounds: int) -> dict[str, list[float]]:
-  """Milliseconds of each program in each round."""
-  milliseconds = {name: [] for name in runs}
-  for run in runs.values():
-    jax.block_until_ready(run())
-  for _ in range(rounds):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run())
-      milliseconds[name].append(1e3 * (time.perf_counter() - start))
-  return milliseconds
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -136,7 +122,7 @@ def main() -> None:
   device = jax.devices()[0]
   out = flags.out or (pathlib.Path(__file__).parent / 'results' / f'filter_{device.platform}.json')
 
-  milliseconds = measure(programs(flags.batch, flags.size), flags.rounds)
+  milliseconds = report.measure(programs(flags.batch, flags.size), flags.rounds)
   median = {name: float(np.median(times)) for name, times in milliseconds.items()}
   ratios = {
     name: median[name] / median[name.partition('_')[0]] for name in median if '_plain' in name

@@ -11,7 +11,6 @@ each alike.
 import argparse
 import dataclasses
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -72,20 +71,6 @@ def step_program(views_BVHWC: np.ndarray) -> Callable[[], Any]:
   return advance
 
 
-def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-  """Milliseconds of each program in each round."""
-  milliseconds = {name: [] for name in runs}
-  for run in runs.values():
-    jax.block_until_ready(run())
-  for _ in range(rounds):
-    for name, run in runs.items():
-      jax.block_until_ready(run())  # What ran before has taken the caches and given pages back.
-      start = time.perf_counter()
-      jax.block_until_ready(run())
-      milliseconds[name].append(1e3 * (time.perf_counter() - start))
-  return milliseconds
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -107,7 +92,7 @@ def main() -> None:
   views_BVHWC = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   images = views_BVHWC.reshape(-1, *shape[2:]).astype(np.float32) / 255
   runs = {'step': step_program(views_BVHWC)} | filter_programs(images)
-  milliseconds = measure(runs, flags.rounds)
+  milliseconds = report.measure(runs, flags.rounds)
   median = {name: float(np.median(times)) for name, times in milliseconds.items()}
   step = median.pop('step')
   percent = {name: 100 * value / step for name, value in median.items()}

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     for line in [list(header), *cells]
   ]
   return '\n'.join(lines)
+
+
+def measure(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+  """Milliseconds of each program in each round, by turns.
+
+  Each runs once unmeasured before it is measured: what ran before it has taken the caches, and may have given pages
+  back.
+  """
+  import jax  # Not at the top: worker processes of the loader's benchmark import this file.
+
+  milliseconds = {name: [] for name in runs}
+  for _ in range(rounds):
+    for name, run in runs.items():
+      jax.block_until_ready(run())
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      milliseconds[name].append(1e3 * (time.perf_counter() - start))
+  return milliseconds
 
 
 def main(run: Callable[[], None]) -> None:

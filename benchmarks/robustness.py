@@ -11,7 +11,6 @@ machine does hits each alike.
 import argparse
 import functools
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -62,19 +61,6 @@ def programs(images: np.ndarray, names: list[str]) -> dict[str, Callable[[], Any
   return runs
 
 
-def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-  """Milliseconds of each program in each round."""
-  milliseconds = {name: [] for name in runs}
-  for run in runs.values():
-    jax.block_until_ready(run())
-  for _ in range(rounds):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run())
-      milliseconds[name].append(1e3 * (time.perf_counter() - start))
-  return milliseconds
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -97,7 +83,7 @@ def main() -> None:
 
   shape = (flags.images, flags.size, flags.size, 3)
   images = np.random.default_rng(0).random(shape, dtype=np.float32)
-  milliseconds = measure(programs(images, flags.only), flags.rounds)
+  milliseconds = report.measure(programs(images, flags.only), flags.rounds)
   median = {name: float(np.median(times)) for name, times in milliseconds.items()}
   forward = median['forward']
   result = {
