@@ -99,6 +99,19 @@ def _methods(result: Mapping[str, Any]) -> str:
   return f'{_cells(header, rows)}\n\n{words}'
 
 
+def _evaluation(result: Mapping[str, Any]) -> str:
+  rows = [
+    [name, key, f'{value:.4f}']
+    for name, scores in result['scores'].items()
+    for key, value in scores.items()
+  ]
+  words = (
+    'Shares of 1; `_interval` is half the width of a 95 % interval over draws of labels. A checkpoint of a few hundred '
+    "steps: these figures show the command, not the method's worth."
+  )
+  return f'{_cells(["evaluation", "what", ""], rows)}\n\n{words}'
+
+
 def _filters(result: Mapping[str, Any]) -> str:
   rows = [
     [f'`{name}`', milliseconds, f'{result["percent_of_step"][name]:.2f} %']
@@ -144,6 +157,13 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] 
     'methods_cpu',
     'python benchmarks/methods.py --path=data/cifar10 --out=benchmarks/results/methods_cpu.json --workdir=runs/methods',
     _methods,
+  ),
+  (
+    'One checkpoint, every evaluation: CIFAR-10 (JPEG)',
+    'evaluation_cpu',
+    'python benchmarks/evaluation.py --checkpoint=runs/methods/folk --out=benchmarks/results/evaluation_cpu.json '
+    '--workdir=runs/evaluation -- --config.linear.total_steps=300 --config.finetune.total_steps=500',
+    _evaluation,
   ),
   ('The filter on a CPU', 'filter_cpu', 'python benchmarks/filter.py', _filter),
   ('Every filter beside a step', 'filters_cpu', 'python benchmarks/filters.py', _filters),

@@ -21,6 +21,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.init_from = (
     ''  # A workdir, or a timm .safetensors: starts from these weights, at any image size.
   )
+  c.init_which = 'teacher'  # Of a workdir that has one; or 'student'.
   c.seed = 0
   c.batch_size = 1024  # Global, in images (a pair of views is one image), accumulation included.
   c.accumulate = 1  # Microbatches a step.

@@ -182,8 +182,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for key in ('epochs', 'total_steps', 'eval_every'):
     if flat[key] < 0:
       raise UserError(f'config.{key} is {flat[key]}; it must not be negative (0 means unset).')
-  if config.evaluation.which not in ('teacher', 'student'):
-    raise unknown('config.evaluation.which', config.evaluation.which, ('teacher', 'student'))
+  for key in ('evaluation.which', 'init_which'):
+    if flat[key] not in ('teacher', 'student'):
+      raise unknown(f'config.{key}', flat[key], ('teacher', 'student'))
   if not config.epochs and not config.total_steps:
     raise UserError('config.epochs and config.total_steps are both 0: set one of them.')
   if 'patch' in config.model:

@@ -146,7 +146,8 @@ def _linear_cached(suite: Suite) -> Scores:
 def _train(suite: Suite, name: str, changes: Mapping[str, Any]) -> tuple[Any, str]:
   """Trains the recipe `config.<name>` from the checkpoint, in a workdir below; resumed where it stands."""
   config = suite.config[name].copy_and_resolve_references()
-  config.update_from_flattened_dict({'init_from': suite.config.checkpoint} | dict(changes))
+  weights = {'init_from': suite.config.checkpoint, 'init_which': suite.config.evaluation.which}
+  config.update_from_flattened_dict(weights | dict(changes))
   config_lib.validate(config)
   workdir = str(epath.Path(suite.workdir).expanduser() / name)
   loop.pretrain(config, workdir)

@@ -88,6 +88,7 @@ def _first_state(
       abstract.params,
       image_size=config.image_size,
       patch=run.objective.parts.patch,
+      which=config.init_which,
     )
   return jax.jit(run.new_state, out_shardings=shardings)(key, loaded)
 

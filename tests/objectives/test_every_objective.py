@@ -92,7 +92,11 @@ def test_every_student_parameter_gets_a_gradient_and_no_teacher_parameter_does(
 @pytest.mark.parametrize('name', NAMES)
 def test_compiled_once_and_equal_to_the_plain_call(case_of, name):
   case = case_of(name)
-  other = case.batch | {'index': case.batch['index'] + 5, 'views': case.batch['views'][::-1]}
+  other = case.batch | {
+    'index': case.batch['index'] + 5,
+    'views': case.batch['views'][::-1],
+    'label': (case.batch['label'] + 1) % 10,
+  }
   assert case.gradients(*case.state, other)[1].loss != case.found[1].loss
   assert case.traces == 1
   output = case.run.objective.loss(*case.state, case.batch, jax.random.key(7), jnp.int32(3))

@@ -26,10 +26,12 @@ def abstract_state(config):
   return jax.eval_shape(run.make_run(config, 256).new_state, jax.random.key(0), {})
 
 
-def load(path, **changes):
+def load(path, which='teacher', **changes):
   config = make_config(**changes)
   params = abstract_state(config).params
-  loaded = initial.load(str(path), params, image_size=config.image_size, patch=config.model.patch)
+  loaded = initial.load(
+    str(path), params, image_size=config.image_size, patch=config.model.patch, which=which
+  )
   for name, tree in loaded.items():
     shapes = jax.tree.map(lambda leaf: leaf.shape, params[name])
     assert jax.tree.map(lambda leaf: leaf.shape, tree) == shapes
@@ -69,6 +71,13 @@ def test_a_workdir_gives_its_teacher_and_the_heads_that_only_the_student_has(wor
   assert_equal(loaded['backbone'], teacher['backbone'])
   assert_equal(loaded['projection'], teacher['projection'])
   assert_equal(loaded['reconstruction'], state.params['reconstruction'])
+
+
+def test_the_student_is_there_for_the_asking(workdir):
+  path, state = workdir
+  loaded = load(path, which='student')
+  assert_equal(loaded['backbone'], state.params['backbone'])
+  assert_equal(loaded['projection'], state.params['projection'])
 
 
 def test_a_run_without_a_teacher_gives_its_student(tmp_path):
