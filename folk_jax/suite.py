@@ -36,7 +36,8 @@ def adopt_run(config: ml_collections.ConfigDict) -> None:
     return
   run = json.loads(file.read_text())
   given = config.data.to_dict()
-  own = given if given['source'] else run['data'] | {'limit': given['limit']}
+  # Fields that are newer than the run keep the recipe's values.
+  own = given if given['source'] else given | run['data'] | {'limit': given['limit']}
   for part in (config, config.linear, config.finetune):
     with part.unlocked():
       part.model = ml_collections.ConfigDict(run['model'])
