@@ -112,6 +112,19 @@ def _evaluation(result: Mapping[str, Any]) -> str:
   return f'{_cells(["evaluation", "what", ""], rows)}\n\n{words}'
 
 
+def _segmentation(result: Mapping[str, Any]) -> str:
+  rows = [
+    [row['name'], f'{row["iou"]:.1%}', f'{row["recall"]:.1%}', f'{row["share"]:.1%}']
+    for row in result['classes']
+  ]
+  words = (
+    f'mIoU {result["miou"]:.2%} and pixel accuracy {result["pixel_accuracy"]:.2%} on {result["images"]} images after '
+    f'{result["step"]} steps from scratch; the best constant guess has {result["constant_miou"]:.2%} and '
+    f'{result["constant_pixel_accuracy"]:.2%}. One run, with other work on the machine.'
+  )
+  return f'{_cells(["class", "IoU", "found", "of pixels"], rows)}\n\n{words}'
+
+
 def _filters(result: Mapping[str, Any]) -> str:
   rows = [
     [f'`{name}`', milliseconds, f'{result["percent_of_step"][name]:.2f} %']
@@ -164,6 +177,12 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] 
     'python benchmarks/evaluation.py --checkpoint=runs/methods/folk --out=benchmarks/results/evaluation_cpu.json '
     '--workdir=runs/evaluation -- --config.linear.total_steps=300 --config.finetune.total_steps=500',
     _evaluation,
+  ),
+  (
+    'Segmentation: CamVid',
+    'segmentation_cpu',
+    'python benchmarks/segmentation.py --run=runs/camvid --split=test --out=benchmarks/results/segmentation_cpu.json',
+    _segmentation,
   ),
   ('The filter on a CPU', 'filter_cpu', 'python benchmarks/filter.py', _filter),
   ('Every filter beside a step', 'filters_cpu', 'python benchmarks/filters.py', _filters),
