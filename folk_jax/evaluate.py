@@ -129,6 +129,7 @@ def _low_shot(suite: Suite) -> Scores:
       classes=suite.classes,
       amount=amount,
       draws=settings.draws,
+      regularisers=settings.regularisers,
       seed=suite.config.seed,
     )
     name = f'{amount}_images_a_class' if isinstance(amount, int) else f'{100 * amount:g}_percent'
