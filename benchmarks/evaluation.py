@@ -13,7 +13,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import report
 
@@ -35,12 +34,11 @@ def main() -> None:
   command = [sys.executable, '-m', 'folk_jax.main', f'--config=configs/evaluate.py:{flags.arg}']
   command += [f'--config.checkpoint={flags.checkpoint}', f'--workdir={flags.workdir}', *flags.flags]
   environment = os.environ | {'GLIBC_TUNABLES': report.KEEP_MEMORY}
-  began = time.perf_counter()
   if subprocess.run(command, env=environment, check=False).returncode:
     raise UserError('an evaluation failed: its message stands above; start this again to go on')
   results = json.loads((flags.workdir / 'results.json').read_text(encoding='utf-8'))
   result = {'what': 'All evaluations of one checkpoint', **report.context()}
-  result |= {'wall_seconds': round(time.perf_counter() - began, 1), 'scores': results['scores']}
+  result |= {'scores': results['scores']}
   report.write_json(flags.out, result)
   print(f'written to {flags.out}')
 

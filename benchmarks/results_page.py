@@ -107,7 +107,8 @@ def _evaluation(result: Mapping[str, Any]) -> str:
   ]
   words = (
     'Shares of 1; `_interval` is half the width of a 95 % interval over draws of labels. A checkpoint of a few hundred '
-    "steps: these figures show the command, not the method's worth."
+    "steps: these figures show the command, not the method's worth. Its reconstruction head learned Com and RCom; the "
+    'other restorations are foreign to it.'
   )
   return f'{_cells(["evaluation", "what", ""], rows)}\n\n{words}'
 

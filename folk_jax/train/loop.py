@@ -283,8 +283,8 @@ def _summary(workdir: str, total: int) -> str:
   lines = [f'done: {total} steps in {workdir}']
   for key, name in _HEADLINES.items():
     if found := [line for line in logged if key in line]:
-      before, after = found[0], found[-1]
+      ends = found if len(found) < 2 else (found[0], found[-1])
       lines.append(
-        f'{name}: {before[key]:.2%} at step {before["step"]}, {after[key]:.2%} at step {after["step"]}'
+        f'{name}: ' + ', '.join(f'{line[key]:.2%} at step {line["step"]}' for line in ends)
       )
   return '\n'.join(lines)
