@@ -43,6 +43,12 @@ def adopt_run(config: ml_collections.ConfigDict) -> None:
       part.model = ml_collections.ConfigDict(run['model'])
       part.image_size = run['image_size']
       part.data = ml_collections.ConfigDict(own)
+  # The sweep's recipe names features of deeper models too: those that this one can't give are left out.
+  blocks = run['model']['depth'] if run['model']['name'] == 'vit' else 0
+  probe = config.linear.objective
+  probe.features = tuple(
+    name for name in probe.features if features.FEATURES[name].last_blocks <= blocks
+  )
 
 
 class Suite:
