@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Times our train step beside the PyTorch peer on one NVIDIA GPU, within a number of minutes.
+# What benchmarks/ holds for one NVIDIA GPU, our step beside the PyTorch peer first, in so many minutes.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -13,9 +13,11 @@ usage() {
   cat <<'TEXT'
 Usage: benchmarks/gpu.sh [--minutes=N] [--out=DIR] [--peer=FILE] [--dry-run]
 
-ViT-S/16 and ViT-B/16 at 224 px in bfloat16, several batch sizes each, beside the peer eager and
-compiled: one JSON a size in DIR. Sizes that no time is left for are named and left out, and one that
-fails (out of memory) does not stop the others. The peer's own check of its formulae comes first.
+In this order, within the minutes given: the check of the peer's formulae; ViT-B/16 and ViT-S/16 at
+224 px in bfloat16, first our step under several settings, then the best of them beside the peer,
+eager and compiled; attention and filter by themselves; ViT-L; further batch sizes. One JSON a
+measurement in DIR. What no time is left for is named and left out, and what fails (out of memory)
+does not stop the others. benchmarks/performance_page.py makes tables of what is there.
 
   --minutes=N   when to stop (default 30)
   --out=DIR     where the JSON goes (default benchmarks/results)
@@ -68,11 +70,44 @@ run() {
   fi
 }
 
+bench=$ROOT/benchmarks
+
+# step MODEL BATCHES SETTINGS: our step alone.
+step() {
+  run "the step of $1" "$python" "$bench/step.py" --config="configs/$1.py" --batches="$2" \
+    --settings="$3" --steps=15 --out="$out/step_gpu_$1.json"
+}
+
+# The attention and remat of the fastest row that step.py has found for a model.
+best() {
+  "$python" - "$out/step_gpu_$1.json" <<'PYTHON' 2>/dev/null || echo 'auto none'
+import json, sys
+rows = json.load(open(sys.argv[1]))['rows']
+row = max(rows, key=lambda row: row['images_per_second'])
+print(row['attention'], row['remat'])
+PYTHON
+}
+
+# beside MODEL BATCH: our step and the peer's, by turns.
+beside() {
+  local attention=auto remat=none
+  $dry_run || read -r attention remat < <(best "$1")
+  run "$1 at batch $2" "$python" "$bench/peer.py" --peer="$peer" --device=cuda --model="$1" \
+    --batch="$2" --dtype=bf16 --rounds=2 --steps=20 --warmup=5 --attention="$attention" \
+    --remat="$remat" --out="$out/peer_gpu_$1_$2.json"
+}
+
 run 'the check of the eager peer' "$python" "$peer" --check --no-compile --device=cuda
-# The sizes that say most come first.
-for size in vit_s:256 vit_b:128 vit_s:64 vit_b:64 vit_s:512 vit_b:256; do
-  model=${size%:*} batch=${size#*:}
-  run "$model at batch $batch" "$python" "$ROOT/benchmarks/peer.py" --peer="$peer" --device=cuda \
-    --model="$model" --batch="$batch" --dtype=bf16 --rounds=2 --steps=20 --warmup=5 \
-    --out="$out/peer_gpu_${model}_${batch}.json"
-done
+step vit_b 128,256 xla:none,cudnn:none,cudnn:elementwise
+beside vit_b 128
+beside vit_b 256
+step vit_s 256,512 xla:none,cudnn:none,cudnn:elementwise
+beside vit_s 256
+beside vit_s 512
+run attention "$python" "$bench/attention.py" --out="$out/attention_gpu.json"
+run filter "$python" "$bench/filter.py" --batch=256 --out="$out/filter_gpu.json"
+step vit_l 64,128 cudnn:none,cudnn:elementwise
+beside vit_l 64
+beside vit_l 128
+beside vit_b 64
+beside vit_s 1024

@@ -91,6 +91,12 @@ def parse() -> argparse.Namespace:
     help='what our step recomputes (default none)',
   )
   add(
+    '--attention',
+    choices=('auto', 'xla', 'cudnn', 'pallas'),
+    default='auto',
+    help='of our step (default auto, as the recipes)',
+  )
+  add(
     '--quick', action='store_true', help='a ViT-Ti at 64 px, one short round: does it run at all?'
   )
   add(
@@ -126,7 +132,9 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
   config = load_recipe(str(report.ROOT / 'configs' / 'vit_s.py'), None)
   config.batch_size, config.image_size = flags.batch, flags.image_size
   config.model.update({'width': width, 'depth': depth, 'heads': heads, 'patch': flags.patch})
-  config.model.dtype, config.model.remat = DTYPES[flags.dtype], flags.remat
+  config.model.update(
+    {'dtype': DTYPES[flags.dtype], 'remat': flags.remat, 'attention': flags.attention}
+  )
   config.projection.norm_last_layer = True  # as the peer
   config.optimizer.clip_by = 'global'  # as the peer
   if flags.side == 'ours':
@@ -192,6 +200,7 @@ def command(side: str, flags: argparse.Namespace) -> list[str]:
       str(pathlib.Path(__file__).resolve()),
       f'--side={side}',
       f'--remat={flags.remat}',
+      f'--attention={flags.attention}',
       *same,
     ]
   compiled = '--compile' if side == 'peer_compiled' else '--no-compile'
@@ -258,7 +267,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
   return {
     'settings': {
       name: getattr(flags, name)
-      for name in (*names, 'remat', 'wait_policy', 'keep_memory', 'peer_flags')
+      for name in (*names, 'remat', 'attention', 'wait_policy', 'keep_memory', 'peer_flags')
     },
     'images_per_second': {
       side: round(statistics.median(values), 3) for side, values in speed.items()

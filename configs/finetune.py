@@ -5,9 +5,16 @@
   python -m folk_jax.main --config=configs/finetune.py:model=resnet50 --config.init_from=runs/resnet50 --workdir=runs/r
   python -m folk_jax.main --config=configs/finetune.py:cifar10,path=DIR --config.init_from=runs/cifar10 --workdir=runs/c
 
-init_from is the workdir of a pre-training run (its teacher's backbone, where it has one) or a timm .safetensors; the
-head starts fresh. Without it this trains from scratch. What differs from vit_b.py stands here; every other knob is
-there.
+init_from is the workdir of a pre-training run (its teacher's backbone, where it has one), or weights in timm's names
+(.safetensors, .npz) or big_vision's (.npz); the head starts fresh. Without it this trains from scratch. What differs
+from vit_b.py stands here; every other knob is there.
+
+Few labels: --config.data.images_a_class=5 (or --config.data.label_share=0.01) with --config.data.label_seed=0, and
+--config.total_steps, since an epoch is of those images alone.
+
+The best checkpoint beside the last, chosen by images held out of the training split, never by test images:
+  --config.checkpoint.best=eval/top1 --config.data.validation=0.02 --config.evaluation.split=validation
+It is kept in WORKDIR/best. init_from=WORKDIR/best starts from it; export takes it with --checkpoint=best.
 """
 
 import ml_collections

@@ -19,7 +19,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   c.task = 'pretrain'
   c.init_from = (
-    ''  # A workdir, or a timm .safetensors: starts from these weights, at any image size.
+    ''  # Weights to start from, at any image size: WORKDIR, WORKDIR/best, .safetensors, .npz.
   )
   c.init_which = 'teacher'  # Of a workdir that has one; or 'student'.
   c.seed = 0
@@ -61,10 +61,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.model.mlp_ratio = 4.0
   c.model.drop_path = 0.1  # Student only; linear over depth.
   c.model.layer_scale = 0.0  # 0: none.
-  c.model.remat = (
-    'none'  # Recomputed in the backward pass: 'elementwise' (all but products) or 'block' (all).
-  )
-  c.model.attention = 'xla'  # Or 'cudnn' (NVIDIA GPUs, bfloat16).
+  # Recomputed in the backward pass: 'none', 'elementwise' (all but products with weights) or 'block' (all).
+  c.model.remat = 'elementwise'
+  c.model.attention = 'auto'  # 'xla', 'cudnn' (NVIDIA, bfloat16), 'pallas' (TPUs: 'auto' there).
   c.model.scan_unroll = 1  # Blocks an iteration of the scan over layers.
   c.model.dtype = (
     'auto'  # Compute type: bfloat16 on TPU and GPU, float32 on CPU. Parameters, spectra, norms and
@@ -118,6 +117,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.data.prefetch = 1  # Batches ahead, in each worker; docs/data.md has the memory.
   c.data.max_bad_share = 0.01  # Undecodable files are skipped; past this share the run stops.
   c.data.limit = 0  # Use so many samples, evenly spread; 0: all.
+  c.data.images_a_class = 0  # Train on so many of each class, drawn at random; 0: all. Or:
+  c.data.label_share = 0.0  # This share of each class, 1 image at least; 0: all.
+  c.data.label_seed = 0  # Of that draw. With one seed the draw of 1 is inside that of 2.
 
   view = {
     'scale': (0.14, 1.0),  # Crop's share of the area, cut and flipped on the host ...
@@ -161,6 +163,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.checkpoint.every = 1250  # Steps; the last step is always saved.
   c.checkpoint.keep = 2
   c.checkpoint.permanent_every = 25000  # 0: none.
+  c.checkpoint.best = ''  # Such as 'eval/top1' on the split 'validation': its best is kept too.
   c.checkpoint.asynchronous = True
   c.log_every = 50
   c.eval_every = 12510  # Steps; 0: only at start and end.
@@ -171,6 +174,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.guard.collapse_entropy = 0.99  # Teacher entropy / ln K above this is a uniform teacher ...
   c.guard.collapse_rank = 1.05  # ... effective rank of the features below this a single direction.
   c.guard.patience = 5  # Log points in a row.
+  c.spectral_backend = 'auto'  # Fourier transforms: 'fft', 'matmul', or 'auto' ('matmul' on TPU).
+  c.profile_steps = (
+    0  # So many steps, from the 11th of a start on, are traced into <workdir>/profile.
+  )
   c.compilation_cache = '~/.cache/folk_jax/xla'  # '': none.
 
   if arg.smoke:
@@ -182,6 +189,7 @@ def smoke(c: ml_collections.ConfigDict) -> None:
   """The same code in seconds on a CPU: a small model, few steps, embedded photographs unless data is given."""
   c.batch_size, c.image_size, c.epochs, c.total_steps = 16, 32, 0, 4
   c.model.update({'width': 48, 'depth': 2, 'heads': 3, 'patch': 8, 'dtype': 'float32'})
+  c.model.remat = 'none'
   c.projection.update({'hidden': 64, 'bottleneck': 32, 'outputs': 128})
   if c.data.source == 'tfds':
     c.data.source, c.data.name = 'embedded', ''

@@ -158,6 +158,12 @@ class Checkpoints:
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     return restored[_STATE], meta
 
+  def delete(self, step: int) -> None:
+    """Removes a step, once the save under way is on disk."""
+    self.wait()
+    with self._saving():
+      self._manager.delete(step)
+
   def wait(self) -> None:
     """Waits until the save under way is on disk; raises what went wrong with it, as `save` does."""
     with self._saving():

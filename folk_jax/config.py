@@ -33,8 +33,13 @@ FREE_TO_CHANGE = (
   'data.max_bad_share',
   'data.path',  # Where the images lie may change; that they are the same ones the loop checks.
   'model.remat',
+  'model.attention',
+  'model.scan_unroll',
+  'spectral_backend',
+  'profile_steps',
 )
 
+_SPECTRAL_BACKENDS = ('auto', 'fft', 'matmul')
 _AT_LEAST_ONE = (
   'batch_size',
   'accumulate',
@@ -179,12 +184,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for key in _AT_LEAST_ONE:
     if key in flat and flat[key] < 1:
       raise UserError(f'config.{key} is {flat[key]}; it must be at least 1.')
-  for key in ('epochs', 'total_steps', 'eval_every'):
+  for key in ('epochs', 'total_steps', 'eval_every', 'profile_steps'):
     if flat[key] < 0:
       raise UserError(f'config.{key} is {flat[key]}; it must not be negative (0 means unset).')
   for key in ('evaluation.which', 'init_which'):
     if flat[key] not in ('teacher', 'student'):
       raise unknown(f'config.{key}', flat[key], ('teacher', 'student'))
+  if config.spectral_backend not in _SPECTRAL_BACKENDS:
+    raise unknown('config.spectral_backend', config.spectral_backend, _SPECTRAL_BACKENDS)
   if not config.epochs and not config.total_steps:
     raise UserError('config.epochs and config.total_steps are both 0: set one of them.')
   if 'patch' in config.model:
@@ -199,10 +206,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise UserError(
       f'config.batch_size {config.batch_size} is not a multiple of config.accumulate {config.accumulate}.'
     )
+  if flat.get('checkpoint.best'):
+    _check_best(config)
   if config.accumulate > 1 and ('reduce', 'pooled') in config.objective.items():
     raise UserError(
       "config.objective.reduce 'pooled' is one mean over the whole batch and config.accumulate is "
       f"{config.accumulate}: use accumulate 1, or reduce 'per_image'."
+    )
+
+
+def _check_best(config: ml_collections.ConfigDict) -> None:
+  if config.evaluation.split != 'validation' or not config.data.validation:
+    raise UserError(
+      f'config.checkpoint.best {config.checkpoint.best!r} chooses by images that are not for testing, and '
+      f'config.evaluation.split is {config.evaluation.split!r} with config.data.validation '
+      f"{config.data.validation:g}: set split 'validation' and a share to hold out of the training split, such as 0.1."
+    )
+  if not config.eval_every:
+    raise UserError(
+      'config.checkpoint.best chooses among evaluations and config.eval_every is 0, one at the end: give it steps.'
     )
 
 

@@ -37,6 +37,12 @@ def _define_flags() -> None:
   flags.DEFINE_integer(
     'step', None, 'The checkpoint to read; the newest by default.', lower_bound=0
   )
+  flags.DEFINE_enum(
+    'checkpoint',
+    'last',
+    ['last', 'best'],
+    "The run's last steps, or the best that it kept (config.checkpoint.best).",
+  )
   flags.DEFINE_enum('which', 'teacher', ['teacher', 'student'], 'Whose backbone.')
   flags.DEFINE_enum(
     'format',
@@ -67,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     kind=values.format,
     out=values.out,
     verify=values.verify,
+    best=values.checkpoint == 'best',
   )
   print(f'wrote {out} and {_beside(out)}')
 
@@ -79,6 +86,7 @@ def export(
   kind: str = 'timm',
   out: str | None = None,
   verify: bool = False,
+  best: bool = False,
 ) -> str:
   """Writes a run's backbone and its description.
 
@@ -91,6 +99,7 @@ def export(
       `<workdir>/export/<which>_<step>` with it.
     verify: whether to compare features with timm's own forward first; nothing is written if they
       differ.
+    best: whether to read the run's best checkpoint instead of its last ones.
 
   Returns:
     The file's path. The description lies beside it, with the ending `.json`.
@@ -110,7 +119,7 @@ def export(
       f"--format={kind} is big_vision's layout of a ViT and this run's model is"
       f' {config["model"]["name"]!r}: export with --format=timm'
     )
-  directory = str(epath.Path(workdir).expanduser() / 'checkpoints')
+  directory = str(epath.Path(workdir).expanduser() / (initial.BEST if best else initial.LAST))
   backbone, _, step = checkpoint.read_subtree(directory, _UNDER[which], step)
   out = out or str(epath.Path(workdir).expanduser() / 'export' / f'{which}_{step}{_ENDINGS[kind]}')
   about = describe(config) | {'which': which, 'step': step}

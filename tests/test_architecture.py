@@ -35,6 +35,8 @@ LAW = {
   'evals': _METHOD | {'objectives', 'checkpoint'},
   'interop': frozenset({'models'}),
   'report': frozenset({'evals'}),
+  'compiled': frozenset(),
+  'distributed': frozenset(),
 }
 # The only files that join rooms, and the only ones that know how a command starts and ends.
 ENTRIES = {
@@ -48,6 +50,7 @@ ENTRIES = {
 JOINERS = ENTRIES | {
   'evaluate.py',
   'suite.py',
+  'compiled/step.py',
   'train/loop.py',
   'train/run.py',
   'train/evaluation.py',
@@ -201,6 +204,7 @@ def test_the_checkout_keeps_the_law():
     ('folk_jax/evals/a.py', 'from folk_jax import data', 'evals may import'),
     ('folk_jax/interop/a.py', 'import folk_jax.train', 'interop may import'),
     ('folk_jax/report/a.py', 'import folk_jax.train', 'report may import'),
+    ('folk_jax/compiled/a.py', 'from folk_jax.train import run', 'compiled may import'),
     ('folk_jax/train/step.py', 'from folk_jax import data', 'train may import'),
     ('folk_jax/train/loop.py', 'import folk_jax.main', 'nobody imports an entry file'),
     ('folk_jax/train/step.py', 'from folk_jax import config', 'train may import'),

@@ -1,5 +1,6 @@
 """Images from disk to uint8 batches in host memory: NumPy, Grain and TFDS; never jax."""
 
+from folk_jax.data.labels import MissingLabel, check_labels
 from folk_jax.data.pipeline import Batches, eval_batches, train_batches
 from folk_jax.data.settings import DataSettings, LocalViewSettings, MaskSettings
 from folk_jax.data.sources import SOURCES, MissingSplit, Source, Subset, make_source
@@ -11,10 +12,12 @@ __all__ = [
   'DataSettings',
   'LocalViewSettings',
   'MaskSettings',
+  'MissingLabel',
   'MissingSplit',
   'Source',
   'Subset',
   'ViewSettings',
+  'check_labels',
   'eval_batches',
   'make_source',
   'train_batches',

@@ -115,6 +115,9 @@ class EmbeddedSource(Source):
   def label(self, index: int) -> int:
     return index % len(PHOTOGRAPHS)
 
+  def labels(self, indices: np.ndarray) -> np.ndarray:
+    return np.asarray(indices) % len(PHOTOGRAPHS)
+
   def mask(self, index: int) -> np.ndarray:
     number, _, _, side = self.box(index)
     return np.full((side, side), number, np.uint8)  # Every pixel is of its photograph.

@@ -119,6 +119,9 @@ class FolderSource(Source):
   def label(self, index: int) -> int:
     return int(self._labels[index])
 
+  def labels(self, indices: np.ndarray) -> np.ndarray:
+    return self._labels[indices]
+
   def read(self, index: int) -> tuple[bytes, int]:
     with open(self.name(index), 'rb') as file:
       return file.read(), self.label(index)

@@ -11,176 +11,22 @@ load without.
 """
 
 import math
-import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from absl import flags, logging
 
-from folk_jax.data import masks, transport
+from folk_jax.data import tasks, transport
 from folk_jax.data.decode import BadImage, decode
+from folk_jax.data.labels import check_labels
 from folk_jax.data.settings import DataSettings
 from folk_jax.data.sources import Source
-from folk_jax.data.views import centre_view, random_view
 from folk_jax.errors import UserError
 
-# A sample that does not decode is replaced by the next that does, at most so far away: a data set
-# with a longer bad stretch is broken, and a worker must not search it for ever.
-MAX_SKIPS = 64
 # More bytes than any array has: Grain's own shared memory stays out of it.
 _NEVER = 1 << 62
-# The number of samples passed over to fill a row; taken out of the batch before the caller sees it.
-_SKIPPED = 'skipped'
-
-
-def _draw(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-  """Keeps a sample's number and the state of Grain's generator for its place in the stream."""
-  state = rng.bit_generator.state['state']
-  return {'index': np.int64(index), 'state': np.concatenate([state['counter'], state['key']])}
-
-
-def _restore(rng: np.random.Generator, state: np.ndarray) -> None:
-  """Sets a Philox generator to what `_draw` kept."""
-  rng.bit_generator.state = {
-    'bit_generator': 'Philox',
-    'state': {'counter': state[:4], 'key': state[4:]},
-    'buffer': np.zeros(4, np.uint64),
-    'buffer_pos': 4,
-    'has_uint32': 0,
-    'uinteger': 0,
-  }
-
-
-def _shapes(settings: DataSettings, rows: int, training: bool) -> transport.Shapes:
-  """The image arrays of every batch of `rows` samples, by name."""
-  side, local = settings.image_size, settings.local_views
-  shapes = {'views': (rows, len(settings.views) if training else 1, side, side, 3)}
-  if training and local:
-    shapes['local_views'] = (rows, local.count, local.size, local.size, 3)
-  if settings.masks:
-    sides = (side, side) if training else (settings.masks.height, settings.masks.width)
-    shapes |= {'views': (rows, 1, *sides, 3), 'mask': (rows, 1, *sides)}
-  return shapes
-
-
-class _Task:
-  """Makes a batch of the samples that a worker is given.
-
-  A whole batch at a time, because pictures made one by one and stacked afterwards cost half as much
-  again: small arrays come from pages that glibc keeps handing back, one large array does not.
-  """
-
-  training = False
-
-  def __init__(self, source: Source, settings: DataSettings):
-    self._source = source
-    self._settings = settings
-
-  def __call__(self, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    rows = len(samples['index'])
-    shapes = _shapes(self._settings, rows, self.training)
-    batch = {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
-    batch |= {
-      'label': np.full(rows, -1, np.int32),
-      'index': samples['index'].copy(),
-      'valid': np.ones(rows, np.bool_),
-      _SKIPPED: np.zeros(rows, np.int32),
-    }
-    try:
-      self._fill(batch, samples)
-    except Exception as error:
-      # An error that cannot be pickled never arrives, and the main process would wait for ever.
-      try:
-        pickle.loads(pickle.dumps(error))
-      except Exception:
-        raise RuntimeError(f'{type(error).__name__}: {error}') from None
-      raise
-    for name in shapes:
-      batch[name][~batch['valid']] = 0
-    return batch
-
-  def _fill(self, batch: dict[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> None:
-    """Sets every row of a batch; rows with `valid` False may keep any views."""
-    raise NotImplementedError
-
-  def _read(self, index: int) -> tuple[np.ndarray, int]:
-    """Returns pixels and label of a sample; BadImage also for a file that cannot be read."""
-    try:
-      data, label = self._source.read(index)
-    except OSError as error:
-      raise BadImage(str(error)) from error
-    return decode(data), label
-
-
-class _TrainTask(_Task):
-  """Random views of each sample, or of the next one that decodes."""
-
-  training = True
-
-  def _fill(self, batch: dict[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> None:
-    settings = self._settings
-    rng = np.random.Generator(np.random.Philox(0))
-    for row, (wanted, state) in enumerate(zip(samples['index'], samples['state'], strict=True)):
-      image_HWC, label, index, skipped = self._next_good(int(wanted))
-      batch['label'][row] = label
-      batch['index'][row] = index
-      batch[_SKIPPED][row] = skipped
-      batch['valid'][row] = image_HWC is not None
-      if image_HWC is not None:
-        _restore(rng, state)
-        if settings.masks:
-          masks.set_pair(batch, row, image_HWC, self._source, settings, rng)
-          continue
-        for number, view in enumerate(settings.views):
-          batch['views'][row, number] = random_view(
-            image_HWC, settings.image_size, view, settings.interpolation, rng
-          )
-        # After the global views, whose draws are then the same with local views and without.
-        if local := settings.local_views:
-          for number in range(local.count):
-            batch['local_views'][row, number] = random_view(
-              image_HWC, local.size, local.view, settings.interpolation, rng
-            )
-
-  def _next_good(self, wanted: int) -> tuple[np.ndarray | None, int, int, int]:
-    """Returns pixels (None where too many fail), label, index, and how many were passed over."""
-    size = len(self._source)
-    tries = min(size, MAX_SKIPS)
-    for skipped in range(tries):
-      index = (wanted + skipped) % size
-      try:
-        image_HWC, label = self._read(index)
-      except BadImage:
-        continue
-      return image_HWC, label, index, skipped
-    return None, -1, wanted + tries, tries
-
-
-class _EvalTask(_Task):
-  """The centre view of each sample; invalid past the end, and where a sample does not decode."""
-
-  def _fill(self, batch: dict[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> None:
-    settings = self._settings
-    for row, index in enumerate(samples['index'].tolist()):
-      if index >= len(self._source):
-        batch['index'][row] = -1
-        batch['valid'][row] = False
-        continue
-      try:
-        image_HWC, batch['label'][row] = self._read(index)
-      except BadImage:
-        batch['label'][row] = self._source.label(index)
-        batch['valid'][row] = False
-        batch[_SKIPPED][row] = 1
-        continue
-      if settings.masks:
-        masks.set_pair(batch, row, image_HWC, self._source, settings)
-        continue
-      batch['views'][row, 0] = centre_view(
-        image_HWC, settings.image_size, settings.short_side, settings.interpolation
-      )
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -198,12 +44,14 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     settings: DataSettings,
     training: bool,
     ring: transport.Ring | None,
+    classes: int = 0,
   ):
     self._rows = rows
     self._source = source
     self._settings = settings
     self._training = training
     self._ring = ring
+    self._classes = classes
     self._closed = False
     self._bad: dict[int, str] = {}
 
@@ -223,10 +71,23 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     batch = dict(next(self._rows))
     if self._ring:
       batch = self._ring.receive(batch)
-    skipped_B = batch.pop(_SKIPPED)
+    skipped_B = batch.pop(tasks.SKIPPED)
     for row in np.flatnonzero(skipped_B):
       self._report(int(batch['index'][row]), int(skipped_B[row]))
+    if self._classes:
+      self._check_labels(batch)
     return batch
+
+  def _check_labels(self, batch: dict[str, np.ndarray]) -> None:
+    valid_B = batch['valid']
+    index_B = batch['index'][valid_B]
+    try:
+      check_labels(
+        batch['label'][valid_B], self._classes, lambda row: self._source.name(int(index_B[row]))
+      )
+    except UserError:
+      self.close()
+      raise
 
   def _report(self, index: int, skipped: int) -> None:
     """Notes the samples passed over to reach `index` (in evaluation: `index` itself); raises past
@@ -249,7 +110,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         f'the first: {name} ({_reason(self._source, number)}); '
         'mend or remove them, or raise data.max_bad_share'
       )
-    if self._training and skipped >= min(size, MAX_SKIPS):
+    if self._training and skipped >= min(size, tasks.MAX_SKIPS):
       self.close()
       raise UserError(
         f'{skipped} samples in a row do not decode, from {self._source.name(first % size)} on; '
@@ -292,7 +153,12 @@ def _rows_per_process(batch_size: int, process_count: int) -> int:
 
 
 def _stream(
-  dataset: Any, source: Source, settings: DataSettings, training: bool, shapes: transport.Shapes
+  dataset: Any,
+  source: Source,
+  settings: DataSettings,
+  training: bool,
+  shapes: transport.Shapes,
+  classes: int,
 ) -> Batches:
   """Reads a Grain MapDataset of batches in threads, of this process or of workers."""
   import grain
@@ -321,7 +187,7 @@ def _stream(
       grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=waiting),
       worker_init_fn=transport.set_worker,
     )
-  return Batches(iter(batches), source, settings, training, ring)
+  return Batches(iter(batches), source, settings, training, ring, classes)
 
 
 def train_batches(
@@ -333,6 +199,7 @@ def train_batches(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
+  classes: int = 0,
 ) -> Batches:
   """Streams training batches from optimiser step `step` on, without end.
 
@@ -344,6 +211,7 @@ def train_batches(
     batch_size: samples in the global batch.
     process_index: number of this process.
     process_count: number of processes that share a global batch.
+    classes: K, where every image must have a label in [0, K); 0 lets pass what labels there are.
 
   Returns:
     An iterator of this process's `batch_size / process_count` rows of every global batch, V views
@@ -351,17 +219,20 @@ def train_batches(
     batch runs on into the next.
 
   Raises:
-    UserError: a batch that the processes do not divide; while iterating, too many bad files.
+    UserError: a batch that the processes do not divide; while iterating, too many bad files, or a
+      label outside [0, K) (names the image).
   """
   import grain
 
   rows = _rows_per_process(batch_size, process_count)
   dataset = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat()
-  # By process only after the draws are keyed: sliced before, processes would share their draws.
-  dataset = dataset.random_map(_draw)[process_index::process_count]
-  dataset = dataset.batch(rows, drop_remainder=True)[step:]
-  dataset = dataset.map(_TrainTask(source, settings))
-  return _stream(dataset, source, settings, True, _shapes(settings, rows, training=True))
+  # By process only after the draws are keyed: sliced before, processes would share their draws. Each takes a block of
+  # the batch: one after the other they are the batch of one process, in its order.
+  dataset = dataset.random_map(tasks.draw).batch(rows, drop_remainder=True)
+  dataset = dataset[process_index::process_count][step:]
+  dataset = dataset.map(tasks.TrainTask(source, settings))
+  shapes = tasks.batch_shapes(settings, rows, training=True)
+  return _stream(dataset, source, settings, True, shapes, classes)
 
 
 def eval_batches(
@@ -371,6 +242,7 @@ def eval_batches(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
+  classes: int = 0,
 ) -> Batches:
   """Goes once through a source, in order, one centre view a sample.
 
@@ -380,6 +252,7 @@ def eval_batches(
     batch_size: samples in the global batch.
     process_index: number of this process.
     process_count: number of processes that share a global batch.
+    classes: K, where every image must have a label in [0, K); 0 lets pass what labels there are.
 
   Returns:
     An iterator of this process's rows, views uint8 [B, 1, S, S, 3]; `valid` is False on the padding
@@ -387,13 +260,15 @@ def eval_batches(
     of batches.
 
   Raises:
-    UserError: a batch that the processes do not divide; while iterating, too many bad files.
+    UserError: a batch that the processes do not divide; while iterating, too many bad files, or a
+      label outside [0, K) (names the image).
   """
   import grain
 
   rows = _rows_per_process(batch_size, process_count)
   padded = math.ceil(len(source) / batch_size) * batch_size
   dataset = grain.MapDataset.range(padded).map(lambda index: {'index': np.int64(index)})
-  dataset = dataset[process_index::process_count].batch(rows, drop_remainder=True)
-  dataset = dataset.map(_EvalTask(source, settings))
-  return _stream(dataset, source, settings, False, _shapes(settings, rows, training=False))
+  dataset = dataset.batch(rows, drop_remainder=True)[process_index::process_count]
+  dataset = dataset.map(tasks.EvalTask(source, settings))
+  shapes = tasks.batch_shapes(settings, rows, training=False)
+  return _stream(dataset, source, settings, False, shapes, classes)

@@ -96,6 +96,9 @@ class DataSettings:
     max_bad_share: share of the data set that may fail to decode before the run stops, in [0, 1].
     validation: share of the training split that is held out of it, evenly spread, as a split of its own; in [0, 1).
     limit: use this many samples, evenly spread over the data set; 0 uses all.
+    images_a_class: train on so many images of each class, drawn at random; 0 for all.
+    label_share: train on this share of each class's images, 1 of each at least; 0 for all.
+    label_seed: of either draw, 0 or more; with one seed, a draw holds every smaller one.
   """
 
   source: str
@@ -113,6 +116,9 @@ class DataSettings:
   max_bad_share: float = 0.01
   limit: int = 0
   validation: float = 0.0
+  images_a_class: int = 0
+  label_share: float = 0.0
+  label_seed: int = 0
   local_views: LocalViewSettings | None = None
   masks: MaskSettings | None = None
 
@@ -132,16 +138,36 @@ class DataSettings:
         f'data.test_resize is {self.test_resize}, smaller than image_size {self.image_size}; '
         'give at least that, or 0'
       )
-    for field, least in (('workers', 0), ('threads', 1), ('prefetch', 1), ('limit', 0)):
+    leasts = {'threads': 1, 'prefetch': 1} | dict.fromkeys(
+      ('workers', 'limit', 'images_a_class', 'label_seed'), 0
+    )
+    for field, least in leasts.items():
       value = getattr(self, field)
       if value < least:
         raise UserError(f'data.{field} is {value}; give {least} or more')
     if not 0 <= self.validation < 1:
       raise UserError(f'data.validation is {self.validation}; give a share in [0, 1)')
+    self._check_labels()
     if not 0 <= self.max_bad_share <= 1:
       raise UserError(f'data.max_bad_share is {self.max_bad_share}; give a share in [0, 1]')
     if self.masks is not None:
       self._check_masks()
+
+  def _check_labels(self) -> None:
+    if not 0 <= self.label_share <= 1:
+      raise UserError(
+        f'data.label_share is {self.label_share}; give a share in (0, 1], or 0 for all'
+      )
+    if self.images_a_class and self.label_share:
+      raise UserError(
+        f'data.images_a_class is {self.images_a_class} and data.label_share {self.label_share:g}; set one of them, '
+        'and the other to 0'
+      )
+    if (self.images_a_class or self.label_share) and self.masks is not None:
+      raise UserError(
+        'data.images_a_class and data.label_share draw by the class of an image, and with data.masks there is none; '
+        'set both to 0 (data.limit takes fewer images)'
+      )
 
   def _check_masks(self) -> None:
     if not isinstance(self.masks, MaskSettings):

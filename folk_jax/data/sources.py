@@ -8,9 +8,11 @@ that source is used.
 import difflib
 import importlib
 from collections.abc import Callable
+from concurrent import futures
 
 import numpy as np
 
+from folk_jax.data.labels import draw_labelled
 from folk_jax.data.settings import DataSettings
 from folk_jax.errors import UserError
 
@@ -18,6 +20,8 @@ SPLITS = ('train', 'validation', 'test')
 # The order in which an evaluation split is looked for: ImageNet's 'test' has no labels, its
 # 'validation' has.
 TEST_SPLITS = ('validation', 'val', 'test')
+# Threads that read labels of sources where each costs a read.
+_LABEL_READERS = 16
 
 
 class MissingSplit(UserError):
@@ -54,6 +58,11 @@ class Source:
     """Returns the class number of sample `index`, -1 where it is unknown."""
     return self.read(index)[1]
 
+  def labels(self, indices: np.ndarray) -> np.ndarray:
+    """Returns the class numbers of several samples, integers [n], -1 where unknown."""
+    with futures.ThreadPoolExecutor(_LABEL_READERS) as readers:
+      return np.array([*readers.map(self.label, np.asarray(indices).tolist())], np.int32)
+
   def mask(self, index: int) -> np.ndarray:
     """Returns the class ids of sample `index`'s pixels, uint8 [H, W], where `settings.masks` is set."""
     raise NotImplementedError
@@ -79,6 +88,9 @@ class Subset(Source):
 
   def label(self, index: int) -> int:
     return self._source.label(int(self._indices[index]))
+
+  def labels(self, indices: np.ndarray) -> np.ndarray:
+    return self._source.labels(self._indices[indices])
 
   def mask(self, index: int) -> np.ndarray:
     return self._source.mask(int(self._indices[index]))
@@ -121,12 +133,15 @@ def make_source(settings: DataSettings, split: str) -> Source:
     split: 'train' or 'test'; the settings say which split of the data set that is. Or 'validation': what the settings
       hold out of the training split, to choose by instead of by test images.
 
+  Of the training split first the validation part is held out, then `limit` is taken of the rest, then the labelled
+  images are drawn. The other splits keep all their labels.
+
   Returns:
     A source with at least one sample.
 
   Raises:
     UserError: an unknown source or split, a missing or empty folder, a data set that is not
-      prepared.
+      prepared, or fewer labels than are asked for.
   """
   if split not in SPLITS:
     raise UserError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
@@ -141,7 +156,25 @@ def make_source(settings: DataSettings, split: str) -> Source:
     raise UserError(f"data source '{settings.source}' has no samples in its {split} split")
   if split != 'test' and (settings.validation or split == 'validation'):
     source = held_out(source, settings.validation, split)
-  return evenly_spread(source, settings.limit) if settings.limit else source
+  if settings.limit:
+    source = evenly_spread(source, settings.limit)
+  return labelled_part(source, settings) if split == 'train' else source
+
+
+def labelled_part(source: Source, settings: DataSettings) -> Source:
+  """The samples that `images_a_class` or `label_share` draws; all where neither is set."""
+  if not (settings.images_a_class or settings.label_share):
+    return source
+  drawn = draw_labelled(
+    source.labels,
+    source.name,
+    source.class_names,
+    len(source),
+    images_a_class=settings.images_a_class,
+    share=settings.label_share,
+    seed=settings.label_seed,
+  )
+  return Subset(source, drawn)
 
 
 def held_out(source: Source, share: float, split: str) -> Subset:

@@ -50,5 +50,8 @@ class SyntheticSource(Source):
   def label(self, index: int) -> int:
     return index % _TEXTURES
 
+  def labels(self, indices: np.ndarray) -> np.ndarray:
+    return np.asarray(indices) % _TEXTURES
+
   def name(self, index: int) -> str:
     return f'synthetic {self._split} {index}'

@@ -51,13 +51,15 @@ def extract(
   apply_fn = jax.jit(apply_fn)
   features, labels = [], []
 
-  def collect(pending: tuple[Any, Any, Any]) -> None:
-    found, label_B, valid_B = _to_host(pending)
-    valid_B = np.asarray(valid_B, bool)
-    features.append(jax.tree.map(lambda x_BD: np.asarray(x_BD, np.float32)[valid_B], found))
-    labels.append(np.asarray(label_B, np.int32)[valid_B])
+  def collect(pending: tuple[Any, Any, Any, Any]) -> None:
+    found, label_B, valid_B, index_B = _to_host(pending)
+    rows = np.flatnonzero(valid_B)
+    if jax.process_count() > 1:
+      rows = rows[np.argsort(index_B[rows], kind='stable')]
+    features.append(jax.tree.map(lambda x_BD: np.asarray(x_BD, np.float32)[rows], found))
+    labels.append(np.asarray(label_B, np.int32)[rows])
     if progress:
-      progress(int(valid_B.sum()))
+      progress(len(rows))
 
   pending = None
   for batch in batches:
@@ -67,16 +69,17 @@ def extract(
         f'evaluation takes views of shape [B, 1, H, W, 3], found {views_BVHWC.shape}'
       )
     found = apply_fn(params, put(views_BVHWC[:, 0]))
-    label_B, valid_B = batch['label'], batch['valid']
+    label_B, valid_B, index_B = batch['label'], batch['valid'], None
     if jax.process_count() > 1:
-      # Rows of a global array lie in the order of the mesh's devices: labels travel the same way.
-      label_B, valid_B = put(label_B), put(valid_B)
+      # Rows of a global array lie in the order of the mesh's devices: labels travel the same way, and the samples'
+      # numbers, by which the rows go back into the order of one process.
+      label_B, valid_B, index_B = put(label_B), put(valid_B), put(batch['index'].astype(np.int32))
     else:
       for feature_BD in jax.tree.leaves(found):
         feature_BD.copy_to_host_async()
     if pending is not None:
       collect(pending)
-    pending = found, label_B, valid_B
+    pending = found, label_B, valid_B, index_B
   if pending is not None:
     collect(pending)
   if not sum(map(len, labels)):

@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from folk_jax import errors
+
 # Axes that turn our array into timm's.
 SAME = None
 LINEAR = (1, 0)
 CONVOLUTION = (3, 2, 0, 1)
 
 PARAMS, STATISTICS = 'params', 'batch_stats'
+_NAMES_SHOWN = 4
 
 
 class Entry(NamedTuple):
@@ -95,3 +98,46 @@ def transposed(array: Any, axes: Any = SAME) -> np.ndarray:
   """A C-contiguous float32 array with its axes in another order."""
   array = np.asarray(array, np.float32)
   return np.ascontiguousarray(array if axes is None else array.transpose(axes))
+
+
+def check_fit(
+  state: Mapping[str, np.ndarray],
+  wanted: Mapping[str, tuple[int, ...]],
+  shape_fields: str,
+  kind: str = 'timm',
+) -> None:
+  """Compares a file's arrays with what a model wants.
+
+  Args:
+    state: name -> array.
+    wanted: name -> shape.
+    shape_fields: where to look, in words.
+    kind: whose names they are.
+
+  Raises:
+    UserError: with every missing, unexpected and misshapen name, four of a kind.
+  """
+  missing = [name for name in wanted if name not in state]
+  unexpected = [name for name in state if name not in wanted]
+  misshapen = [
+    f'{name} (file {list(state[name].shape)}, model {list(shape)})'
+    for name, shape in wanted.items()
+    if name in state and state[name].shape != tuple(shape)
+  ]
+  faults = {
+    'missing from the file': missing,
+    'unknown to the model': unexpected,
+    'of another shape': misshapen,
+  }
+  if any(faults.values()):
+    report = '; '.join(
+      f'{len(names)} {fault}: {_some(names)}' for fault, names in faults.items() if names
+    )
+    raise errors.UserError(
+      f'these {kind} weights do not fit the model: {report}; check {shape_fields}'
+    )
+
+
+def _some(names: list[str]) -> str:
+  shown = ', '.join(names[:_NAMES_SHOWN])
+  return shown if len(names) <= _NAMES_SHOWN else f'{shown} and {len(names) - _NAMES_SHOWN} more'

@@ -5,7 +5,6 @@ Both directions read one table of names and transposes for each backbone, `vit_n
 """
 
 import os
-import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,8 +14,9 @@ import safetensors
 import safetensors.numpy
 
 from folk_jax import errors
-from folk_jax.interop.big_vision import to_big_vision
-from folk_jax.interop.names import PARAMS, STATISTICS, Entry, Names
+from folk_jax.interop.big_vision import from_big_vision, is_big_vision, to_big_vision
+from folk_jax.interop.names import PARAMS, STATISTICS, Entry, Names, check_fit
+from folk_jax.interop.npz import read_npz
 from folk_jax.interop.resnet_names import RESNET
 from folk_jax.interop.vit_names import TIMM_PATCHES, VIT, VIT_SIZES
 
@@ -25,10 +25,13 @@ __all__ = [
   'TIMM_PATCHES',
   'VIT_SIZES',
   'Variables',
+  'from_big_vision',
   'from_timm',
   'ignored_names',
+  'is_big_vision',
   'load_timm_file',
   'names_of',
+  'read_npz',
   'statistics_shapes',
   'timm_model',
   'timm_shapes',
@@ -41,7 +44,6 @@ __all__ = [
 NAMES: dict[str, Names] = {'vit': VIT, 'resnet': RESNET}
 _CLASSIFIERS = tuple(names.classifier for names in NAMES.values())
 _COUNTER = '.num_batches_tracked'
-_NAMES_SHOWN = 4
 
 
 class Variables(NamedTuple):
@@ -130,7 +132,7 @@ def variables_from_timm(
   state = names.prepared(state, grid, state_grid)
   entries = [entry for entry in names.entries(template) if not entry.counter]
   shapes = timm_shapes(template)
-  _check_fit(state, {entry.name: shapes[entry.name] for entry in entries}, names.shape_fields)
+  check_fit(state, {entry.name: shapes[entry.name] for entry in entries}, names.shape_fields)
   variables = _tree({entry: entry.from_timm(state[entry.name]) for entry in entries})
   return Variables(variables[PARAMS], variables.get(STATISTICS, {}))
 
@@ -153,9 +155,8 @@ def load_timm_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if path.endswith('.safetensors'):
       return safetensors.numpy.load_file(path)
     if path.endswith('.npz'):
-      with np.load(path) as archive:
-        return dict(archive)
-  except (safetensors.SafetensorError, zipfile.BadZipFile, ValueError, OSError) as error:
+      return read_npz(path)
+  except (safetensors.SafetensorError, ValueError, OSError) as error:
     raise errors.UserError(f'{path}: damaged or not what its ending says ({error})') from error
   raise errors.UserError(
     f'{path}: expected a .safetensors file with timm names; convert torch files with'
@@ -201,32 +202,3 @@ def _tree(arrays: Mapping[Entry, np.ndarray]) -> dict[str, Any]:
       node = node.setdefault(key, {})
     node[path[-1]] = np.stack(layers) if path in stacked else layers[0]
   return tree
-
-
-def _check_fit(
-  state: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], shape_fields: str
-) -> None:
-  missing = [name for name in wanted if name not in state]
-  unexpected = [name for name in state if name not in wanted]
-  misshapen = [
-    f'{name} (file {list(state[name].shape)}, model {list(shape)})'
-    for name, shape in wanted.items()
-    if name in state and state[name].shape != tuple(shape)
-  ]
-  faults = {
-    'missing from the file': missing,
-    'unknown to the model': unexpected,
-    'of another shape': misshapen,
-  }
-  if any(faults.values()):
-    report = '; '.join(
-      f'{len(names)} {fault}: {_some(names)}' for fault, names in faults.items() if names
-    )
-    raise errors.UserError(
-      f'these timm weights do not fit the model: {report}; check {shape_fields}'
-    )
-
-
-def _some(names: list[str]) -> str:
-  shown = ', '.join(names[:_NAMES_SHOWN])
-  return shown if len(names) <= _NAMES_SHOWN else f'{shown} and {len(names) - _NAMES_SHOWN} more'

@@ -13,7 +13,8 @@ import jax
 
 from folk_jax import errors
 from folk_jax.models.decoder import MaskedDecoder, sincos_position
-from folk_jax.models.heads import ProjectionHead, ReconstructionHead
+from folk_jax.models.heads import ProjectionHead, ReconstructionHead, compare
+from folk_jax.models.layers import select
 from folk_jax.models.resnet import ResNet
 from folk_jax.models.vit import BackboneOutput, ViT, resample_position_embedding
 
@@ -25,9 +26,11 @@ __all__ = [
   'ReconstructionHead',
   'ResNet',
   'ViT',
+  'compare',
   'encode',
   'make_backbone',
   'resample_position_embedding',
+  'select',
   'sincos_position',
 ]
 

@@ -1,6 +1,6 @@
 """Heads on top of a backbone: DINO's projection and MFM's reconstruction.
 
-Shape letters: N images, D width, K prototypes, h and w patches a side, P patch.
+Shape letters: N images, D width, E bottleneck, K prototypes, h and w patches a side, P patch.
 """
 
 import flax.linen as nn
@@ -17,20 +17,20 @@ class PrototypeLayer(nn.Module):
   unless `unit_gain`, where it is 1 and not a parameter.
   """
 
+  inputs: int
   outputs: int
   unit_gain: bool
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self) -> jax.Array:
+    """The weights [E, K], in the compute dtype."""
     # DINO leaves this layer at torch's default; its scale sets how fast the direction turns.
-    kernel = self.param('kernel', layers_lib.torch_uniform, (x.shape[-1], self.outputs))
+    kernel = self.param('kernel', layers_lib.torch_uniform, (self.inputs, self.outputs))
     weight = kernel * _inverse_norm(kernel, axis=0)
     if not self.unit_gain:
       weight = weight * self.param('gain', nn.initializers.ones, (self.outputs,))
-    return jnp.matmul(
-      x.astype(self.dtype), weight.astype(self.dtype), preferred_element_type=jnp.float32
-    )
+    return weight.astype(self.dtype)
 
 
 class ProjectionHead(nn.Module):
@@ -55,18 +55,33 @@ class ProjectionHead(nn.Module):
   norm_last_layer: bool = True
   dtype: str = 'float32'
 
-  @nn.compact
+  def setup(self):
+    dtype = jnp.dtype(self.dtype)
+    widths = [self.hidden] * (self.layers - 1) + [self.bottleneck]
+    self.mlp = [nn.Dense(width, dtype=dtype, kernel_init=layers_lib.normal) for width in widths]
+    self.last_layer = PrototypeLayer(self.bottleneck, self.outputs, self.norm_last_layer, dtype)
+
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps features [..., D] to logits [..., K], float32, in [-1, 1] where the gain is 1."""
-    dtype = jnp.dtype(self.dtype)
-    for i in range(self.layers):
-      last = i == self.layers - 1
-      width = self.bottleneck if last else self.hidden
-      dense = nn.Dense(width, dtype=dtype, kernel_init=layers_lib.normal, name=f'mlp_{i}')
-      x = dense(x) if last else layers_lib.gelu(dense(x))
-    x = x.astype(jnp.float32)
-    x = x * _inverse_norm(x, axis=-1)
-    return PrototypeLayer(self.outputs, self.norm_last_layer, dtype, name='last_layer')(x)
+    return compare(self.embed(x), self.prototypes())
+
+  def embed(self, x: jax.Array) -> jax.Array:
+    """Maps features [..., D] to what is compared with the prototypes: unit vectors [..., E], float32."""
+    for dense in self.mlp[:-1]:
+      x = layers_lib.gelu(dense(x))
+    x = self.mlp[-1](x).astype(jnp.float32)
+    return x * _inverse_norm(x, axis=-1)
+
+  def prototypes(self) -> jax.Array:
+    """The weights of the last layer, [E, K], in the compute dtype."""
+    return self.last_layer()
+
+
+def compare(embedding: jax.Array, prototype_EK: jax.Array) -> jax.Array:
+  """The logits [..., K], float32, of embeddings [..., E]; the product in the prototypes' dtype."""
+  return jnp.matmul(
+    embedding.astype(prototype_EK.dtype), prototype_EK, preferred_element_type=jnp.float32
+  )
 
 
 class ReconstructionHead(nn.Module):

@@ -11,6 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from folk_jax.models.fused_attention import fused_attention
+from folk_jax.signal.shard import in_place, one_a_device, over_batch
+
 # timm's and DINO's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations out: this is it.
 normal = nn.initializers.normal(stddev=0.02)
 # torch's default for convolutions, and for linear layers that nobody re-initialises:
@@ -30,10 +33,28 @@ REMAT = {
 }
 
 
+@jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
   """Exact GELU, x * Phi(x) (arXiv 1606.08415), any shape and float dtype; computed in float32."""
+  return _gelu_and_slope(x)[0]
+
+
+def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """GELU and its derivative, Phi(x) + x phi(x), from one erf; in the dtype of x.
+
+  Kept in place of x, which nothing else needs, the derivative is all that the backward pass takes:
+  autodiff would keep float32 arrays, or compute the erf again.
+  """
   x_float = x.astype(jnp.float32)
-  return (0.5 * x_float * (1.0 + jax.lax.erf(x_float * (0.5**0.5)))).astype(x.dtype)
+  below = 0.5 * (1.0 + jax.lax.erf(x_float * (0.5**0.5)))
+  density = jnp.exp(-0.5 * jnp.square(x_float)) * (2 * jnp.pi) ** -0.5
+  found = (x_float * below).astype(x.dtype), (below + x_float * density).astype(x.dtype)
+  # Otherwise a TPU computes the erf inside the product that follows, once a tile of its output. One
+  # barrier each, so that a derivative that nobody takes can go.
+  return tuple(map(jax.lax.optimization_barrier, found))
+
+
+gelu.defvjp(_gelu_and_slope, lambda slope, cotangent: (cotangent * slope,))
 
 
 def layer_norm(name: str | None = None) -> nn.LayerNorm:
@@ -84,6 +105,31 @@ class LayerScale(nn.Module):
     return x * gamma.astype(x.dtype)
 
 
+class PackedProjection(nn.Module):
+  """Queries, keys and values of all heads, from one packed kernel [D, 3D] and bias [3D]."""
+
+  heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, tokens_BTD: jax.Array, order: str = '') -> list[jax.Array]:
+    """The three apart, 'bthe' or 'bhte'; or, by default, the product [B, T, 3D] and the bias [3D]."""
+    width = tokens_BTD.shape[-1]
+    kernel = self.param('kernel', normal, (width, 3 * width)).astype(self.dtype)
+    bias = self.param('bias', nn.initializers.zeros, (3 * width,)).astype(self.dtype)
+    if not order:
+      return [in_place(tokens_BTD @ kernel), bias]
+    kernel_D3HE = kernel.reshape(width, 3, self.heads, -1)
+    bias_3HE = bias.reshape(3, self.heads, -1)
+    aligned = {'bthe': lambda x: x, 'bhte': lambda x: x[:, None]}[order]
+    # The kernel is cut, not the activations: the products come out in the order that attention needs.
+    return [
+      in_place(jnp.einsum(f'btd,dhe->{order}', tokens_BTD, kernel_D3HE[:, i]))
+      + aligned(bias_3HE[i])
+      for i in range(3)
+    ]
+
+
 class Attention(nn.Module):
   """Multi-head self-attention with packed q, k, v, all three with biases; softmax in float32."""
 
@@ -93,28 +139,59 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, tokens_BTD: jax.Array) -> jax.Array:
-    batch, tokens, width = tokens_BTD.shape
-    channels = width // self.heads
-    qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=normal, name='qkv')(tokens_BTD)
-    qkv_BT3HE = qkv.reshape(batch, tokens, 3, self.heads, channels)
-    if self.implementation == 'cudnn':
-      query, key, value = (qkv_BT3HE[:, :, i] for i in range(3))
-      mixed_BTHE = jax.nn.dot_product_attention(query, key, value, implementation='cudnn')
-    else:
-      # Heads in front of tokens before both products: left to XLA, the same reordering happens
-      # around each product of both passes (a tenth of the whole step on a CPU).
-      query_BHTE, key_BHSE, value_BHSE = qkv_BT3HE.transpose(2, 0, 3, 1, 4)
-      score_BHTS = jnp.einsum(
-        'bhte,bhse->bhts',
-        query_BHTE * channels**-0.5,
-        key_BHSE,
-        preferred_element_type=jnp.float32,
-      )
-      weight_BHTS = jax.nn.softmax(score_BHTS).astype(self.dtype)
-      mixed_BHTE = jnp.einsum('bhts,bhse->bhte', weight_BHTS, value_BHSE)
-      mixed_BTHE = mixed_BHTE.transpose(0, 2, 1, 3)
-    mixed_BTD = mixed_BTHE.reshape(batch, tokens, width)
-    return nn.Dense(width, dtype=self.dtype, kernel_init=normal, name='proj')(mixed_BTD)
+    width = tokens_BTD.shape[-1]
+    packed = PackedProjection(self.heads, self.dtype, name='qkv')
+    mixed_BTD = in_place(ATTENTION[self.implementation](packed, in_place(tokens_BTD)))
+    return in_place(nn.Dense(width, dtype=self.dtype, kernel_init=normal, name='proj')(mixed_BTD))
+
+
+def _attention_by_xla(packed: PackedProjection, tokens_BTD: jax.Array) -> jax.Array:
+  # Heads in front of tokens before both products: left to XLA, the same reordering happens around
+  # each product of both passes (a tenth of the whole step on a CPU).
+  return _mixed(*packed(tokens_BTD, 'bhte'))
+
+
+def _attention_by_cudnn(packed: PackedProjection, tokens_BTD: jax.Array) -> jax.Array:
+  mixed_BTHE = jax.nn.dot_product_attention(*packed(tokens_BTD, 'bthe'), implementation='cudnn')
+  return mixed_BTHE.reshape(tokens_BTD.shape)
+
+
+def _attention_by_pallas(packed: PackedProjection, tokens_BTD: jax.Array) -> jax.Array:
+  heads = packed.heads
+
+  def by_kernel(product_BT3D, bias_3D):
+    return fused_attention(product_BT3D, bias_3D, heads)
+
+  def by_xla(product_BT3D, bias_3D):
+    batch, tokens, _ = product_BT3D.shape
+    qkv_BT3HE = (product_BT3D + bias_3D).reshape(batch, tokens, 3, heads, -1)
+    return _mixed(*qkv_BT3HE.transpose(2, 0, 3, 1, 4))
+
+  def by_image(product_BT3D, bias_3D):
+    bias_3D = one_a_device(bias_3D, product_BT3D)
+    return jax.lax.platform_dependent(product_BT3D, bias_3D, tpu=by_kernel, default=by_xla)
+
+  product_BT3D, bias_3D = packed(tokens_BTD)
+  return over_batch(by_image, product_BT3D, replicated=(bias_3D,))
+
+
+def _mixed(query_BHTE: jax.Array, key_BHSE: jax.Array, value_BHSE: jax.Array) -> jax.Array:
+  """What each token's weights make of the values, heads side by side: [B, T, D]."""
+  batch, heads, tokens, channels = query_BHTE.shape
+  score_BHTS = jnp.einsum(
+    'bhte,bhse->bhts', query_BHTE * channels**-0.5, key_BHSE, preferred_element_type=jnp.float32
+  )
+  weight_BHTS = jax.nn.softmax(score_BHTS).astype(value_BHSE.dtype)
+  mixed_BHTE = jnp.einsum('bhts,bhse->bhte', weight_BHTS, value_BHSE)
+  return mixed_BHTE.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * channels)
+
+
+# 'pallas' is the TPU's kernel, and on other back-ends the same as 'xla'.
+ATTENTION = {
+  'xla': _attention_by_xla,
+  'cudnn': _attention_by_cudnn,
+  'pallas': _attention_by_pallas,
+}
 
 
 class Mlp(nn.Module):
@@ -126,8 +203,9 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, tokens_BTD: jax.Array) -> jax.Array:
     width = tokens_BTD.shape[-1]
-    hidden = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=normal, name='fc1')(tokens_BTD)
-    return nn.Dense(width, dtype=self.dtype, kernel_init=normal, name='fc2')(gelu(hidden))
+    fc1 = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=normal, name='fc1')
+    fc2 = nn.Dense(width, dtype=self.dtype, kernel_init=normal, name='fc2')
+    return in_place(fc2(in_place(gelu(in_place(fc1(in_place(tokens_BTD)))))))
 
 
 @dataclasses.dataclass(frozen=True)

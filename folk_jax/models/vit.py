@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from folk_jax import errors
+from folk_jax.models import fused_attention
 from folk_jax.models import layers as layers_lib
 
-ATTENTION = ('xla', 'cudnn')
 DTYPES = ('float32', 'bfloat16')
 
 
@@ -110,7 +110,8 @@ class ViT(nn.Module):
       outputs stay float32.
     remat: what the backward pass recomputes: 'none', 'elementwise' (all but the products with
       weights: norms, GELU and attention) or 'block' (all but each block's input).
-    attention: 'xla', or 'cudnn' for the fused kernel of NVIDIA GPUs (bfloat16 only).
+    attention: 'xla'; 'cudnn' for the fused kernel of NVIDIA GPUs (bfloat16 only); or 'pallas' for
+      ours of TPUs (heads of 64 or 128 channels), which elsewhere is 'xla'.
     scan_unroll: blocks per iteration of the scan over layers.
 
   Raises:
@@ -157,12 +158,18 @@ class ViT(nn.Module):
         f'model.width is {self.width} and model.heads is {self.heads}:'
         ' the heads must divide the width'
       )
+    if self.attention == 'pallas' and not fused_attention.fits(self.width, self.heads):
+      raise errors.UserError(
+        f"model.attention 'pallas' takes heads of {' or '.join(map(str, fused_attention.WIDTHS))} channels and a width "
+        f'that is a multiple of 128; model.width {self.width} with {self.heads} heads is neither: use '
+        "'xla'"
+      )
     if not 0.0 <= self.drop_path < 1.0:
       raise errors.UserError(f'model.drop_path is {self.drop_path}: it must lie in [0, 1)')
     for field, known in (
       ('dtype', DTYPES),
       ('remat', tuple(layers_lib.REMAT)),
-      ('attention', ATTENTION),
+      ('attention', tuple(layers_lib.ATTENTION)),
     ):
       if getattr(self, field) not in known:
         raise errors.UserError(

@@ -106,6 +106,7 @@ class Parts:
     dtype: compute type of heads, 'float32' or 'bfloat16'.
     local_views: small crops beside the views, or None.
     classes: of the data set's labels; 0 where there are none or the method needs none.
+    spectral_backend: of Fourier transforms, a name in `signal.dft.BACKENDS`.
   """
 
   backbone: Any
@@ -121,6 +122,7 @@ class Parts:
   dtype: str
   local_views: LocalViews | None = None
   classes: int = 0
+  spectral_backend: str = 'fft'
 
   def init_backbone(self, rng: jax.Array) -> tuple[models.BackboneOutput, Any, Any]:
     """What the backbone returns for one image, its fresh parameters and its BatchNorm statistics ({} for none)."""
@@ -200,9 +202,10 @@ def encode(
     The backbone's output, and `extra` with that network's statistics brought up to date.
   """
   statistics = statistics_of(extra, network)
-  output, statistics = parts.encode(
-    params['backbone'], statistics, image_NHWC, sample_keys, train=True, **options
-  )
+  with jax.named_scope(network):  # What a profile and the dry-run sort by, as everywhere.
+    output, statistics = parts.encode(
+      params['backbone'], statistics, image_NHWC, sample_keys, train=True, **options
+    )
   extra = dict(extra)
   if statistics:
     extra['batch_stats'] = extra['batch_stats'] | {network: statistics}

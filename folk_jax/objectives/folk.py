@@ -98,7 +98,9 @@ class Folk:
 
   @functools.cached_property
   def _reconstruction(self) -> Reconstruction:
-    corrupt = filter_corruption(from_fields(Filter, self, name=self.filter))
+    corrupt = filter_corruption(
+      from_fields(Filter, self, name=self.filter, backend=self.parts.spectral_backend)
+    )
     return from_fields(Reconstruction, self, corrupt=corrupt)
 
   def init(self, rng: jax.Array, batch: Batch) -> tuple[dict[str, Any], Any]:
@@ -158,13 +160,12 @@ class Folk:
 
     # 5. Option: and of the same view's patches (iBOT, arXiv 2111.07832, eq. 2; the filter is the mask).
     if self.patch_weight:
-      outputs = self.parts.projection['outputs']
-      student_BVTK, teacher_BVTK = (
-        distillation.logits(who, output.patches).reshape(batch_size, views, -1, outputs)
-        for who, output in ((params, student), (teacher, judged))
-      )
+      tokens = [
+        output.patches.reshape(batch_size * views, -1, output.patches.shape[-1])
+        for output in (student, judged)
+      ]
       metrics['loss_patch'], extra['patch_centre'] = distillation.patch_loss(
-        student_BVTK, teacher_BVTK, jnp.ones(student_BVTK.shape[:3]), extra['patch_centre'], step
+        params, teacher, tokens, views, extra['patch_centre'], step
       )
       total += self.patch_weight * metrics['loss_patch']
 

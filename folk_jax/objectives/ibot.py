@@ -4,7 +4,7 @@ DINO's class-token loss across views, and on each view's masked patch tokens the
 of the unmasked view. One projection head serves both kinds of token.
 
 Shape letters: B images, V global views, N = B*V views in a row, H, W pixels, h, w patches a side, C channels, D width,
-T patches, K prototypes.
+T patches, S of them that may be masked, K prototypes.
 """
 
 import dataclasses
@@ -108,11 +108,11 @@ class Ibot:
   ) -> LossOutput:
     """iBOT's loss on one batch (equations 2 and 3). See `Objective.loss`."""
     distillation = self._distillation
-    batch_size, views = batch['views'].shape[:2]
+    views = batch['views'].shape[1]
     keys_BV = view_keys(rng, batch['index'], views)
 
     # 1. The student sees each view with blocks of patches replaced by its mask token, the teacher all of it.
-    image_NHWC, mask_Nhw = over_batch(self._views, batch['views'], keys_BV)
+    image_NHWC, mask_Nhw, masked_NS = over_batch(self._views, batch['views'], keys_BV)
     student, extra = encode(
       self.parts,
       'student',
@@ -135,17 +135,13 @@ class Ibot:
       student_BVK, teacher_BQK, extra['centre'], step
     )
     # 3. L_MIM: the same view, masked patches only (equation 2).
-    outputs = self.parts.projection['outputs']
-    student_BVTK, teacher_BVTK = (
-      distillation.logits(who, output.patches).reshape(batch_size, views, -1, outputs)
-      for who, output in ((params, student), (teacher, seen))
+    mask_NT = mask_Nhw.reshape(len(mask_Nhw), -1)
+    tokens = tuple(
+      output.patches.reshape(*mask_NT.shape, output.patches.shape[-1]) for output in (student, seen)
     )
+    masked = masked_NS, jnp.take_along_axis(mask_NT, masked_NS, axis=1)
     patch_loss, patch_centre_K = distillation.patch_loss(
-      student_BVTK,
-      teacher_BVTK,
-      mask_Nhw.reshape(student_BVTK.shape[:3]),
-      extra['patch_centre'],
-      step,
+      params, teacher, tokens, views, extra['patch_centre'], step, masked
     )
     loss = class_loss + self.patch_weight * patch_loss
     metrics = {'loss': loss, 'loss_distillation': class_loss, 'loss_patch': patch_loss}
@@ -160,10 +156,13 @@ class Ibot:
     del params, teacher, extra, rng
     return count_valid(batch)
 
-  def _views(self, view_BVHWC: jax.Array, keys_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Normalised images [N, H, W, C] and their masks, bool [N, h, w]."""
+  def _views(
+    self, view_BVHWC: jax.Array, keys_BV: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalised images [N, H, W, C], their masks, bool [N, h, w], and the masked patches' numbers first [N, S]."""
     grid = (self.parts.image_size // self.parts.patch,) * 2
     mask_Nhw = patch_masks.block_masks(
       fold(keys_BV, MASK).reshape(-1), grid, self.mask_probability, self._ratios
     )
-    return augmented_normalised(self.parts, view_BVHWC, keys_BV), mask_Nhw
+    masked_NS = patch_masks.masked_first(mask_Nhw, self._ratios[1])
+    return augmented_normalised(self.parts, view_BVHWC, keys_BV), mask_Nhw, masked_NS

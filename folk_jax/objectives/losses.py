@@ -1,7 +1,7 @@
 """Losses that methods share: distillation with centring, masked patches, frequency reductions.
 
-Shape letters: B images, V student views, Q teacher views, T patch tokens, K outputs of the
-projection head.
+Shape letters: B images, V student views, Q teacher views, T patch tokens, t tokens of a chunk, E
+bottleneck and K outputs of the projection head.
 
 Every loss returns one float32 value an image, [B]: the caller takes the mean, so that padding,
 microbatches and shards compose. Whatever dtype the logits come in, the arithmetic is float32: a
@@ -18,6 +18,8 @@ import numpy as np
 from jax import numpy as jnp
 
 from folk_jax.errors import UserError
+from folk_jax.models import compare
+from folk_jax.signal.shard import one_a_device, over_batch
 
 REDUCTIONS = ('per_image', 'pooled')
 
@@ -108,22 +110,32 @@ def distillation_loss(
 
 
 def patch_distillation_loss(
-  student_BVTK: jax.Array,
-  teacher_BVTK: jax.Array,
+  student_BVTE: jax.Array,
+  teacher_BVTE: jax.Array,
+  student_EK: jax.Array,
+  teacher_EK: jax.Array,
   centre_K: jax.Array,
   student_temperature: jax.Array | float,
   teacher_temperature: jax.Array | float,
   mask_BVT: jax.Array,
+  chunk: int = 16,
 ) -> jax.Array:
   """Cross-entropy between student and teacher on the same view's masked patch tokens.
 
+  Logits of every token would be the largest arrays of the step by far ([B, V, 196, 8192] is 0.8 GB
+  for 64 pairs of ViT-B, of student and teacher, each several times over). So `chunk` tokens a view
+  are compared with the prototypes at a time, and again in the backward pass.
+
   Args:
-    student_BVTK: logits of the student's patch tokens, [B, V, T, K].
-    teacher_BVTK: logits of the teacher's patch tokens on the unmasked views, [B, V, T, K].
+    student_BVTE: the student's patch tokens as the projection head embeds them, [B, V, T, E].
+    teacher_BVTE: the teacher's, of the unmasked views, [B, V, T, E].
+    student_EK: the student's prototypes, [E, K]; logits are products with them.
+    teacher_EK: the teacher's.
     centre_K: the patch tokens' own centre, float32 [K].
     student_temperature: positive scalar.
     teacher_temperature: positive scalar.
     mask_BVT: bool or 0/1, true where the token was masked for the student.
+    chunk: tokens of a view at a time, above 0.
 
   Returns:
     Mean over the masked tokens of a view (zero where it has none), then over views; nats, float32
@@ -131,21 +143,51 @@ def patch_distillation_loss(
 
   Source: iBOT, equation (2), and its code for the order of the means.
   """
-  chex.assert_rank([student_BVTK, teacher_BVTK, centre_K, mask_BVT], [4, 4, 1, 3])
-  chex.assert_equal_shape([student_BVTK, teacher_BVTK])
-  chex.assert_shape(mask_BVT, student_BVTK.shape[:3])
+  chex.assert_rank([student_BVTE, teacher_BVTE, centre_K, mask_BVT], [4, 4, 1, 3])
+  chex.assert_equal_shape([student_BVTE, teacher_BVTE])
+  chex.assert_equal_shape([student_EK, teacher_EK])
+  chex.assert_shape(mask_BVT, student_BVTE.shape[:3])
+  tokens = mask_BVT.shape[2]
+  chunks = -(-tokens // chunk)
 
-  # 1. P_t of each token, centred and sharpened; no gradient.
-  teacher_BVTK = teacher_probabilities(teacher_BVTK, centre_K, teacher_temperature)
-  # 2. ln P_s of each token.
-  student_BVTK = jax.nn.log_softmax(student_BVTK.astype(jnp.float32) / student_temperature, axis=-1)
-  # 3. m_i H(P_t, P_s) (iBOT, equation 2), averaged over the masked tokens of each view.
+  def entropy(prototypes, centre_K, temperature, student_BVtE, teacher_BVtE):
+    # 1. P_t of each token, centred and sharpened; no gradient.
+    teacher_BVtK = teacher_probabilities(
+      compare(teacher_BVtE, prototypes['teacher']), centre_K, temperature
+    )
+    # 2. ln P_s of each token.
+    student_BVtK = compare(student_BVtE, prototypes['student']) / student_temperature
+    # 3. H(P_t, P_s) (iBOT, equation 2).
+    return -jnp.sum(teacher_BVtK * jax.nn.log_softmax(student_BVtK, axis=-1), axis=-1)
+
+  def entropies(student_BVTE, teacher_BVTE, *whole):
+    whole = one_a_device(whole, student_BVTE)
+    parts = [_chunked(tokens_BVTE, chunks) for tokens_BVTE in (student_BVTE, teacher_BVTE)]
+    found = jax.lax.map(lambda part: jax.checkpoint(entropy)(*whole, *part), parts)
+    return jnp.moveaxis(found, 0, 2).reshape(*student_BVTE.shape[:2], -1)[..., :tokens]
+
+  entropy_BVT = over_batch(
+    entropies,
+    student_BVTE,
+    jax.lax.stop_gradient(teacher_BVTE),
+    replicated=(
+      {'student': student_EK, 'teacher': jax.lax.stop_gradient(teacher_EK)},
+      jax.lax.stop_gradient(centre_K),
+      jnp.asarray(teacher_temperature, jnp.float32),
+    ),
+  )
+  # 4. m_i, averaged over the masked tokens of each view; and the mean over views.
   mask_BVT = mask_BVT.astype(jnp.float32)
-  entropy_BVT = -jnp.sum(teacher_BVTK * student_BVTK, axis=-1)
   masked_BV = jnp.maximum(mask_BVT.sum(axis=2), 1.0)
-  loss_BV = jnp.sum(entropy_BVT * mask_BVT, axis=2) / masked_BV
-  # 4. The mean over views.
-  return loss_BV.mean(axis=1)
+  return jnp.mean(jnp.sum(entropy_BVT * mask_BVT, axis=2) / masked_BV, axis=1)
+
+
+def _chunked(tokens_BVTE: jax.Array, chunks: int) -> jax.Array:
+  """[chunks, B, V, t, E], the last filled up with zeros."""
+  batch, views, tokens, channels = tokens_BVTE.shape
+  size = -(-tokens // chunks)
+  filled = jnp.pad(tokens_BVTE, ((0, 0), (0, 0), (0, chunks * size - tokens), (0, 0)))
+  return jnp.moveaxis(filled.reshape(batch, views, chunks, size, channels), 2, 0)
 
 
 def updated_centre(

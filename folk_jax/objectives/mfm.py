@@ -125,7 +125,9 @@ class Mfm(_Restoration):
   reduce: str
 
   def _corruption(self) -> Corruption:
-    return filter_corruption(from_fields(Filter, self, name=self.filter))
+    return filter_corruption(
+      from_fields(Filter, self, name=self.filter, backend=self.parts.spectral_backend)
+    )
 
   def _reduction(self) -> str:
     return self.reduce

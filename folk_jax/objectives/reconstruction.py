@@ -84,8 +84,10 @@ class Reconstruction:
 
   def loss(self, params: Params, output: BackboneOutput, views: Corrupted) -> jax.Array:
     """Mean frequency distance on the coefficients that were taken, of the student's `output` on the views."""
-    sum_N, count_N = self._distance(self._predict(params, output), views)
-    return losses.reduce_frequency(sum_N, count_N, self.reduce)
+    with jax.named_scope('student'):
+      guess_NHWC = self._predict(params, output)
+    with jax.named_scope('reconstruction_loss'):
+      return losses.reduce_frequency(*self._distance(guess_NHWC, views), self.reduce)
 
   def held_out(
     self, params: Params, extra: Any, batch: Batch, rng: jax.Array
@@ -108,7 +110,8 @@ class Reconstruction:
     return sums
 
   def _corrupted(self, image_NHWC: jax.Array, keys_N: jax.Array) -> Corrupted:
-    corrupted_NHWC, masked_NHFC = self.corrupt(image_NHWC, keys_N)
+    with jax.named_scope('filter'):
+      corrupted_NHWC, masked_NHFC = self.corrupt(image_NHWC, keys_N)
     mean, std = self.parts.mean, self.parts.std
     return Corrupted(
       normalise(corrupted_NHWC, mean, std), normalise(image_NHWC, mean, std), masked_NHFC
@@ -121,6 +124,8 @@ class Reconstruction:
     """(sum [N], number of terms [N])."""
 
     def distance(guess_NHWC, target_NHWC, masked_NHFC):
-      return fourier.frequency_distance(guess_NHWC, target_NHWC, masked_NHFC, self.gamma)
+      return fourier.frequency_distance(
+        guess_NHWC, target_NHWC, masked_NHFC, self.gamma, self.parts.spectral_backend
+      )
 
     return over_batch(distance, guess_NHWC, views.clean_NHWC, views.masked_NHFC)

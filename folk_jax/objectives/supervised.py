@@ -69,6 +69,7 @@ class Supervised:
   """
 
   backbones: ClassVar[tuple[str, ...]] = ('vit', 'resnet')
+  needs_labels: ClassVar[bool] = True  # Of every image, in [0, K): others are refused by name.
   teacher_parts: ClassVar[tuple[str, ...]] = ('backbone', 'head')
 
   parts: Parts

@@ -49,6 +49,7 @@ def augmented_normalised(parts: Parts, view_BVHWC: jax.Array, keys_BV: jax.Array
   return normalise(augmented(parts, view_BVHWC, keys_BV), parts.mean, parts.std)
 
 
+@jax.named_scope('augment')
 def _augmented(
   settings: tuple[Augmentation, ...], view_BVHWC: jax.Array, keys_BV: jax.Array
 ) -> jax.Array:

@@ -51,6 +51,7 @@ class Filter:
       holds the same share of the spectrum at any size. Above 0; the others don't use it.
     clamp: cuts filtered images to [0, 1]. Without the low frequencies an image is signed, and the
       cut zeroes half its pixels.
+    backend: of the transform, one of `dft.BACKENDS`.
 
   Raises:
     UserError: on construction, for a field outside these ranges.
@@ -62,6 +63,7 @@ class Filter:
   ranking: str
   radius: float
   clamp: bool
+  backend: str = 'fft'
 
   def __post_init__(self):
     if self.name not in FILTERS:
@@ -151,12 +153,11 @@ def _fourier(select: Select) -> Apply:
 
   def apply(settings, image_BHWC, k_B, keep_B, keys_B):
     width = image_BHWC.shape[2]
-    spectrum_BHFC = fourier.half_spectrum(image_BHWC)
+    spectrum_BHFC = fourier.half_spectrum(image_BHWC, settings.backend)
     selected_BHFM = select(settings, spectrum_BHFC, k_B, keys_B, width)
     kept_BHFM = selected_BHFM == keep_B[:, None, None, None]
-    return fourier.Filtered(
-      fourier.inverse(jnp.where(kept_BHFM, spectrum_BHFC, 0), width), kept_BHFM
-    )
+    filtered_BHFC = jnp.where(kept_BHFM, spectrum_BHFC, 0)
+    return fourier.Filtered(fourier.inverse(filtered_BHFC, width, settings.backend), kept_BHFM)
 
   return apply
 

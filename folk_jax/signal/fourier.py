@@ -28,10 +28,11 @@ import numpy as np
 from jax import lax
 
 from folk_jax.errors import UserError
+from folk_jax.signal import dft
+from folk_jax.signal.dft import hermitian_weights, self_conjugate_columns
 
 Ranking = Literal['shared', 'per_channel']
 
-_HEIGHT_WIDTH = (1, 2)
 # MFM's constant under the square root; it keeps the gradient finite where a difference is zero.
 _EPSILON = 1e-12
 # A non-negative float32 read as an int32 keeps its order, and needs 31 bits.
@@ -43,20 +44,6 @@ class Filtered(NamedTuple):
 
   image_BHWC: jax.Array
   kept_BHFC: jax.Array
-
-
-def hermitian_weights(width: int) -> np.ndarray:
-  """How many coefficients of the full spectrum each column of a half-spectrum stands for.
-
-  Args:
-    width: W, the image's number of columns.
-
-  Returns:
-    int32 [F]: 1 for the self-conjugate columns (0, and W / 2 where W is even), 2 for those between.
-  """
-  weights_F = np.full(width // 2 + 1, 2, np.int32)
-  weights_F[_self_conjugate_columns(width)] = 1
-  return weights_F
 
 
 def coefficient_count(portion: float, height: int, width: int) -> int:
@@ -82,11 +69,12 @@ def coefficient_count(portion: float, height: int, width: int) -> int:
   return math.ceil(Decimal(str(portion)) * height * width)
 
 
-def half_spectrum(image_BHWC: jax.Array) -> jax.Array:
+def half_spectrum(image_BHWC: jax.Array, backend: str = 'fft') -> jax.Array:
   """The half-spectrum of each channel: `rfft2` over rows and columns, DC at [0, 0], unnormalised.
 
   Args:
     image_BHWC: floating point, any range; cast to float32.
+    backend: one of `dft.BACKENDS`.
 
   Returns:
     complex64 [B, H, F, C].
@@ -94,21 +82,22 @@ def half_spectrum(image_BHWC: jax.Array) -> jax.Array:
   Raises:
     TypeError: the image does not hold floating-point numbers.
   """
-  return jnp.fft.rfft2(_float32(image_BHWC), axes=_HEIGHT_WIDTH)
+  return dft.forward(_float32(image_BHWC), backend)
 
 
-def inverse(spectrum_BHFC: jax.Array, width: int) -> jax.Array:
+def inverse(spectrum_BHFC: jax.Array, width: int, backend: str = 'fft') -> jax.Array:
   """The inverse of `half_spectrum`.
 
   Args:
     spectrum_BHFC: complex64.
     width: W; F alone does not tell an even width from the odd one after it.
+    backend: one of `dft.BACKENDS`.
 
   Returns:
     float32 [B, H, W, C].
   """
-  height = _assert_spectrum(spectrum_BHFC, width)
-  return jnp.fft.irfft2(spectrum_BHFC, s=(height, width), axes=_HEIGHT_WIDTH)
+  _assert_spectrum(spectrum_BHFC, width)
+  return dft.backward(spectrum_BHFC, width, backend)
 
 
 def ranking_magnitude(
@@ -139,7 +128,7 @@ def ranking_magnitude(
   elif ranking != 'per_channel':
     raise UserError(f"ranking '{ranking}' is unknown: choose 'shared' or 'per_channel'")
   mirrored_row_H = -np.arange(height) % height
-  for column in _self_conjugate_columns(width):
+  for column in self_conjugate_columns(width):
     column_BHC = magnitude_BHFC[:, :, column]
     symmetric_BHC = 0.5 * (column_BHC + column_BHC[:, mirrored_row_H])
     magnitude_BHFC = magnitude_BHFC.at[:, :, column].set(symmetric_BHC)
@@ -167,7 +156,7 @@ def kth_largest(magnitude_BHFC: jax.Array, k_B: jax.Array, width: int) -> jax.Ar
   # Every coefficient counts twice, and those of the self-conjugate columns once less. One long row
   # of numbers for each count: three to seven times faster on a CPU than weights on a short axis.
   bits_BCHF = jnp.moveaxis(lax.bitcast_convert_type(magnitude_BHFC, jnp.int32), -1, 1)
-  single_BCN = bits_BCHF[..., _self_conjugate_columns(width)].reshape(batch, channels, -1)
+  single_BCN = bits_BCHF[..., self_conjugate_columns(width)].reshape(batch, channels, -1)
   bits_BCN = bits_BCHF.reshape(batch, channels, -1)
   k_B1 = k_B.astype(jnp.int32)[:, None]
 
@@ -249,6 +238,7 @@ def filter_images(
   com_B: jax.Array,
   ranking: Ranking = 'shared',
   clamp: bool = False,
+  backend: str = 'fft',
 ) -> Filtered:
   """Com or RCom of each image (arXiv 2409.10362).
 
@@ -261,6 +251,7 @@ def filter_images(
     ranking: 'shared' or 'per_channel', see `ranking_magnitude`.
     clamp: cuts the images to [0, 1], as MFM's code does. RCom's images are signed: a clamp zeroes
       half their pixels.
+    backend: one of `dft.BACKENDS`.
 
   Returns:
     Filtered: float32 images, without clamp such that Com + RCom = image; and the bool mask of the
@@ -273,10 +264,10 @@ def filter_images(
   """
   chex.assert_shape((k_B, com_B), image_BHWC.shape[:1])
   width = image_BHWC.shape[2]
-  spectrum_BHFC = half_spectrum(image_BHWC)
+  spectrum_BHFC = half_spectrum(image_BHWC, backend)
   magnitude_BHFC = ranking_magnitude(spectrum_BHFC, width, ranking)
   kept_BHFC = top_mask(magnitude_BHFC, k_B, width) == com_B[:, None, None, None]
-  filtered_BHWC = inverse(jnp.where(kept_BHFC, spectrum_BHFC, 0), width)
+  filtered_BHWC = inverse(jnp.where(kept_BHFC, spectrum_BHFC, 0), width, backend)
   if clamp:
     filtered_BHWC = jnp.clip(filtered_BHWC, 0, 1)
   return Filtered(filtered_BHWC, kept_BHFC)
@@ -287,6 +278,7 @@ def frequency_distance(
   target_BHWC: jax.Array,
   masked_BHFC: jax.Array,
   gamma: float = 1.0,
+  backend: str = 'fft',
 ) -> tuple[jax.Array, jax.Array]:
   """MFM's frequency distance (arXiv 2206.07706, section 3.3) as a sum and a count for each image.
 
@@ -295,7 +287,7 @@ def frequency_distance(
   is MFM's pooled loss; the mean of the quotients is the loss per image.
 
   On a mesh, call it through `shard.over_batch`. The gradient with respect to prediction and target
-  is one `irfft2`.
+  is one inverse transform.
 
   Args:
     prediction_BHWC: floating point; cast to float32.
@@ -303,6 +295,7 @@ def frequency_distance(
     masked_BHFC: bool, True where the loss is taken, that is where the filter did NOT keep; its C
       may be 1.
     gamma: exponent, above 0.
+    backend: one of `dft.BACKENDS`.
 
   Returns:
     sum_B, count_B: float32. The count is of terms: masked coefficients times channels.
@@ -319,22 +312,22 @@ def frequency_distance(
   chex.assert_shape(masked_BHFC, (*prediction_BHWC.shape[:2], None, {1, channels}))
   chex.assert_type(masked_BHFC, bool)
   difference_BHWC = _float32(prediction_BHWC) - _float32(target_BHWC)
-  sum_B = _masked_power(difference_BHWC, masked_BHFC, float(gamma), width)
+  sum_B = _masked_power(difference_BHWC, masked_BHFC, float(gamma), width, backend)
   weights_F1 = hermitian_weights(width)[:, None].astype(np.float32)
   count_B = jnp.sum(jnp.where(masked_BHFC, weights_F1, 0), axis=(1, 2, 3))
   return sum_B, count_B * (channels // masked_BHFC.shape[-1])
 
 
 # Autodiff through rfft2 would pad the half-spectrum with zeros and run a full complex FFT.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _masked_power(
-  difference_BHWC: jax.Array, masked_BHFC: jax.Array, gamma: float, width: int
+  difference_BHWC: jax.Array, masked_BHFC: jax.Array, gamma: float, width: int, backend: str
 ) -> jax.Array:
-  return _masked_power_forward(difference_BHWC, masked_BHFC, gamma, width)[0]
+  return _masked_power_forward(difference_BHWC, masked_BHFC, gamma, width, backend)[0]
 
 
-def _masked_power_forward(difference_BHWC, masked_BHFC, gamma, width):
-  spectrum_BHFC = jnp.fft.rfft2(difference_BHWC, axes=_HEIGHT_WIDTH, norm='ortho')
+def _masked_power_forward(difference_BHWC, masked_BHFC, gamma, width, backend):
+  spectrum_BHFC = dft.forward(difference_BHWC, backend, norm='ortho')
   power_BHFC = _squared_modulus(spectrum_BHFC) + _EPSILON
   distance_BHFC = jnp.sqrt(power_BHFC) if gamma == 1 else power_BHFC ** (gamma / 2)
   weights_F1 = hermitian_weights(width)[:, None].astype(np.float32)
@@ -342,17 +335,15 @@ def _masked_power_forward(difference_BHWC, masked_BHFC, gamma, width):
   return sum_B, (spectrum_BHFC, masked_BHFC)
 
 
-def _masked_power_backward(gamma, width, residuals, sum_cotangent_B):
+def _masked_power_backward(gamma, width, backend, residuals, sum_cotangent_B):
   spectrum_BHFC, masked_BHFC = residuals
   power_BHFC = _squared_modulus(spectrum_BHFC) + _EPSILON
   slope_BHFC = gamma * (lax.rsqrt(power_BHFC) if gamma == 1 else power_BHFC ** (gamma / 2 - 1))
-  # d(sum)/d(image) is the inverse transform of slope * F over the full spectrum. irfft2 supplies
+  # d(sum)/d(image) is the inverse transform of slope * F over the full spectrum. It supplies
   # the conjugate half, which is the weight 2, and in the self-conjugate columns takes the real
   # part, which is the weight 1.
   scale_BHFC = jnp.where(masked_BHFC, slope_BHFC, 0) * sum_cotangent_B[:, None, None, None]
-  size = spectrum_BHFC.shape[1], width
-  scaled_BHFC = spectrum_BHFC * scale_BHFC
-  return jnp.fft.irfft2(scaled_BHFC, s=size, axes=_HEIGHT_WIDTH, norm='ortho'), None
+  return dft.backward(spectrum_BHFC * scale_BHFC, width, backend, norm='ortho'), None
 
 
 _masked_power.defvjp(_masked_power_forward, _masked_power_backward)
@@ -371,10 +362,6 @@ def _counts_at_or_above(bits_BCN: jax.Array, candidates_BC: list[jax.Array]) -> 
 
 def _squared_modulus(spectrum: jax.Array) -> jax.Array:
   return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-
-
-def _self_conjugate_columns(width: int) -> list[int]:
-  return sorted({0, width // 2}) if width % 2 == 0 else [0]
 
 
 def _assert_spectrum(array_BHFC: jax.Array, width: int) -> int:

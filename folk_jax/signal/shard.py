@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from folk_jax.errors import UserError
@@ -34,13 +35,7 @@ def over_batch(fn: Callable[..., Any], *args: Any, replicated: tuple[Any, ...] =
   Raises:
     UserError: the batch does not divide by the number of devices.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if kind != AxisType.Manual
-  )
-  devices = math.prod(mesh.shape[name] for name in axes)
+  axes, devices = _batch_axes()
   if devices == 1:
     return fn(*args, *replicated)
   for leaf in jax.tree.leaves(args):
@@ -56,3 +51,45 @@ def over_batch(fn: Callable[..., Any], *args: Any, replicated: tuple[Any, ...] =
     out_specs=batch,
     axis_names=set(axes),
   )(*args, *replicated)
+
+
+def in_place(rows: jax.Array) -> jax.Array:
+  """The same array, whose images stay on their devices, and those of its gradient.
+
+  Where parameters are spread over devices too (`fsdp`), XLA may move activations to the weights
+  instead of weights to the activations; said before and after a product, this stops it. Without a
+  mesh, on one device, inside `over_batch` and where the devices don't divide the leading axis,
+  nothing happens.
+  """
+  axes, devices = _batch_axes()
+  if devices == 1 or rows.shape[0] % devices:
+    return rows
+  return jax.lax.with_sharding_constraint(rows, PartitionSpec(axes))
+
+
+def _batch_axes() -> tuple[tuple[str, ...], int]:
+  """The axes of the mesh over which a batch is spread here, and how many devices that is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind != AxisType.Manual
+  )
+  return axes, math.prod(mesh.shape[name] for name in axes)
+
+
+def one_a_device(whole: Any, rows: jax.Array) -> Any:
+  """Inside `over_batch`: what every device got whole, seen from here on as each device's own.
+
+  The gradients of the devices are summed where this stands: once, instead of in each turn of a loop
+  that comes after it. A kernel's custom derivative needs it too.
+
+  Args:
+    whole: pytree of `replicated` arrays.
+    rows: any of the arrays with a batch axis, not empty.
+
+  Returns:
+    The same values.
+  """
+  always = rows.ravel()[0] == rows.ravel()[0]
+  return jax.tree.map(lambda leaf: jnp.where(always, leaf, leaf), whole)

@@ -17,6 +17,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from folk_jax import data, models
+from folk_jax.errors import UserError
 from folk_jax.evals import features, knn
 from folk_jax.objectives.base import mean_over_count
 from folk_jax.signal.augment import normalise
@@ -30,14 +31,32 @@ class Evaluation:
   """Held-out evaluation during the run: weighted kNN on frozen features, and reconstruction."""
 
   def __init__(
-    self, config: ml_collections.ConfigDict, run: Run, settings: data.DataSettings, mesh: Mesh
+    self,
+    config: ml_collections.ConfigDict,
+    run: Run,
+    settings: data.DataSettings,
+    mesh: Mesh,
+    bank: data.Source | None = None,
   ):
+    """Opens the data; `bank` is the training set where it is open already.
+
+    Raises:
+      UserError: data that can't be read, or that have no labels where the objective needs them.
+    """
     self._config, self._settings, self._mesh = config.evaluation, settings, mesh
-    self._bank, self._test = data.make_source(settings, 'train'), _held_out(config, settings)
+    self._bank = data.make_source(settings, 'train') if bank is None else bank
+    self._test = _held_out(config, settings)
+    self._classes = needed_classes(run, self._bank)
+    if (
+      self._classes
+    ):  # One image of each says whether a split has any; the others are checked as they are read.
+      for source in filter(None, (self._bank, self._test)):
+        data.check_labels(source.labels(np.arange(1)), self._classes, source.name)
     self._batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
     self._rng = jax.random.key(config.seed)
     self._calibration = self._whole_batches(config.evaluation.recalibration_images, config.seed)
-    self._objective, self._evaluate = run.objective, jax.jit(run.objective.evaluate)
+    self._evaluate = jax.jit(run.objective.evaluate)
+    self._finish = getattr(run.objective, 'finish', mean_over_count)
     parts, feature = run.objective.parts, config.evaluation.feature
 
     def normalised(image_BHWC):
@@ -66,6 +85,24 @@ class Evaluation:
     network = params['backbone'], state_lib.statistics(state, which)
     return self._knn(network) | self._measured(state)
 
+  def names(self, state: TrainState) -> tuple[str, ...]:
+    """The keys that a call reports, without making it: it traces the measurement of one image a device."""
+    if self._test is None:
+      return ()
+    batches = data.eval_batches(
+      self._test,
+      dataclasses.replace(self._settings, workers=0),
+      batch_size=self._mesh.size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+      batch = sharding.put_batch(next(batches), self._mesh)
+    teacher = state_lib.teacher_of(state)
+    sums = jax.eval_shape(self._evaluate, state.params, teacher, state.extra, batch, self._rng)
+    scalars = self._finish({name: np.ones(total.shape) for name, total in sums.items()})
+    return (*self._knn_names(), *(f'eval/{name}' for name in scalars))
+
   def recalibrated(self, state: TrainState) -> TrainState:
     """`state` with BatchNorm statistics of clean images for the networks that training showed none.
 
@@ -93,26 +130,38 @@ class Evaluation:
     order = np.random.default_rng(seed).permutation(len(self._bank))
     return data.Subset(self._bank, np.resize(order, count))
 
-  def _batches(self, source: data.Source) -> Iterator[Mapping[str, np.ndarray]]:
+  def _batches(self, source: data.Source, classes: int = 0) -> Iterator[Mapping[str, np.ndarray]]:
     return data.eval_batches(
       source,
       self._settings,
       batch_size=self._batch_size,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+      classes=classes,
     )
 
-  def _knn(self, network: tuple[Any, Any]) -> dict[str, float]:
+  def _knn_names(self) -> tuple[str, ...]:
     if not self._config.knn or min(self._bank.label(0), self._test.label(0)) < 0:
-      return {}  # Not asked for, or no labels to vote with.
+      return ()  # Not asked for, or no labels to vote with.
+    ks = sorted({*self._config.knn, self._config.knn_headline})
+    return (*(f'eval/knn_top1_k{k}' for k in ks), 'eval/knn_top1', 'eval/knn_top5')
+
+  def _knn(self, network: tuple[Any, Any]) -> dict[str, float]:
+    if not self._knn_names():
+      return {}
 
     def put(rows: np.ndarray) -> jax.Array:
       return sharding.put(rows, self._mesh)
 
     sets = []
     for source in (self._bank, self._test):
-      with contextlib.closing(self._batches(source)) as batches:
-        sets += features.extract(self._extract, network, batches, put=put)
+      with contextlib.closing(self._batches(source, len(source.class_names))) as batches:
+        try:
+          sets += features.extract(self._extract, network, batches, put=put)
+        except data.MissingLabel as error:
+          raise UserError(
+            f'{error}; or leave out kNN, which asks for it: config.evaluation.knn=().'
+          ) from error
     classes = 1 + max(int(sets[1].max()), int(sets[3].max()))
     ks = sorted({*self._config.knn, self._config.knn_headline})
     accuracy = knn.knn(*sets, ks=ks, temperature=self._config.knn_temperature, classes=classes)
@@ -124,14 +173,14 @@ class Evaluation:
     """What the objective measures on held-out images: averaged over them, or as it says itself."""
     totals: dict[str, Any] = {}
     limit = -(-self._config.held_out_images // self._batch_size) or None
-    with contextlib.closing(self._batches(self._test)) as batches:
+    with contextlib.closing(self._batches(self._test, self._classes)) as batches:
       for batch in itertools.islice(batches, limit):
         batch = sharding.put_batch(batch, self._mesh)
         teacher = state_lib.teacher_of(state)
         sums = self._evaluate(state.params, teacher, state.extra, batch, self._rng)
         for name, value in jax.device_get(sums).items():
           totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
-    scalars = getattr(self._objective, 'finish', mean_over_count)(totals)
+    scalars = self._finish(totals)
     return {f'eval/{name}': float(value) for name, value in scalars.items()}
 
 
@@ -147,6 +196,11 @@ def _pooled(found: Mapping[str, list[Any]]) -> dict[str, Any]:
     return isinstance(node, Mapping) and set(node) == {'mean', 'var'}
 
   return {which: jax.tree.map(pool, *trees, is_leaf=is_norm) for which, trees in found.items()}
+
+
+def needed_classes(run: Run, source: data.Source) -> int:
+  """The number of classes of which every image must have one, 0 where the objective needs no labels."""
+  return len(source.class_names) if getattr(run.objective, 'needs_labels', False) else 0
 
 
 def _held_out(config: ml_collections.ConfigDict, settings: data.DataSettings) -> data.Source | None:

@@ -1,4 +1,4 @@
-"""Weights that a run starts from: another run's, or a timm file's, at any image size."""
+"""Weights that a run starts from: another run's, or a file's in timm's or big_vision's names, at any image size."""
 
 import json
 from collections.abc import Mapping
@@ -13,39 +13,62 @@ from folk_jax import checkpoint
 from folk_jax.errors import UserError
 from folk_jax.interop import timm
 
+# The folder of the best step in a workdir, beside that of the last ones.
+BEST, LAST = 'best', 'checkpoints'
+
 
 def load(
-  init_from: str, params: dict[str, Any], *, image_size: int, patch: int, which: str = 'teacher'
+  init_from: str,
+  params: dict[str, Any],
+  *,
+  image_size: int,
+  patch: int,
+  which: str = 'teacher',
+  heads: int | None = None,
 ) -> dict[str, Any]:
   """The weights of `init_from` that fit `params`, by name.
 
-  A workdir gives the backbone, from its teacher where it has one, and those heads whose shapes agree. A timm
-  `.safetensors` gives the backbone. A ResNet's BatchNorm statistics come with it. A position embedding for another
-  image size is resampled.
+  A workdir gives the backbone of its last step (WORKDIR/best: of its best), from its teacher where it has one, and
+  those heads whose shapes agree. A file gives the backbone: a `.safetensors` in timm's names, an `.npz` in timm's or
+  big_vision's (as `export --format=npz` writes it). A ResNet's BatchNorm statistics come with it. A position embedding
+  for another image size is resampled.
 
   Args:
-    init_from: a workdir, or a file that ends in `.safetensors`.
+    init_from: a workdir, `best` in one, or a file that ends in `.safetensors` or `.npz`.
     params: the run's parameters or their shapes, by name.
     image_size: of the run that starts, in pixels.
     patch: of its backbone, in pixels: a ViT's patch, a ResNet's stride.
     which: 'teacher' takes a workdir's teacher where it has one; 'student' doesn't.
+    heads: attention heads of its ViT, which big_vision's arrays are checked against; None takes the file's.
 
   Returns:
     NumPy trees by name, `backbone` always among them; what is missing starts fresh. For a ResNet also `batch_stats`,
     the statistics that go with the backbone, which are no parameters.
 
   Raises:
-    UserError: for a path that isn't there, or a backbone of another architecture (names each mismatch).
+    UserError: for a path that isn't there, a file that is damaged or of something else, or a backbone of another
+      architecture (names what is missing, unexpected or misshapen).
   """
   path = epath.Path(init_from).expanduser()
   if not path.exists():
+    if path.name == BEST and path.parent.exists():
+      raise no_best(path.parent)
     raise UserError(
-      f'config.init_from {init_from!r} does not exist: give a workdir, or a timm .safetensors file.'
+      f'config.init_from {init_from!r} does not exist: give a workdir, or a .safetensors or .npz file of weights.'
     )
   grid = (image_size // patch,) * 2
   if path.suffix == '.safetensors':
     return _backbone(timm.load_timm_file(str(path)), params['backbone'], grid)
+  if path.suffix == '.npz':
+    return _backbone(_from_npz(str(path), params['backbone'], heads), params['backbone'], grid)
   return _from_workdir(path, params, grid, which)
+
+
+def no_best(workdir: str | epath.Path) -> UserError:
+  """The error for a run without a best checkpoint."""
+  return UserError(
+    f'{workdir} has no best checkpoint: its run must have set config.checkpoint.best.'
+  )
 
 
 def read_statistics(directory: str, which: str, step: int | None = None) -> dict[str, Any]:
@@ -83,16 +106,41 @@ def _backbone(
   return {'backbone': loaded.params} | statistics
 
 
+def _from_npz(path: str, fresh: Mapping[str, Any], heads: int | None) -> Mapping[str, np.ndarray]:
+  """The arrays of an `.npz`, in timm's names."""
+  state = timm.read_npz(path)
+  if timm.is_big_vision(state):
+    return timm.to_timm(timm.from_big_vision(state, fresh, heads=heads))
+  if not any(name.endswith('.weight') for name in state):
+    shown = ', '.join([*state][:4]) or 'nothing'
+    raise UserError(
+      f"{path}: neither big_vision's names (params/embedding/kernel, ...) nor timm's (norm.weight, ...): it holds "
+      f'{shown}{", ..." if len(state) > 4 else ""}; export one with python -m folk_jax.export --format=npz.'
+    )
+  return state
+
+
+def find_run(path: str | epath.Path) -> tuple[epath.Path, str]:
+  """The workdir, and the folder of the steps, that a path means: WORKDIR its last steps, WORKDIR/best its best one.
+
+  Raises:
+    UserError: for a path that is neither.
+  """
+  path = epath.Path(path).expanduser()
+  if (path / 'config.json').exists():
+    return path, str(path / LAST)
+  if path.name == BEST and (path.parent / 'config.json').exists():
+    return path.parent, str(path)
+  raise UserError(
+    f'config.init_from {path} is no workdir (it has no config.json) and no .safetensors or .npz file.'
+  )
+
+
 def _from_workdir(
   path: epath.Path, params: dict[str, Any], grid: tuple[int, int], which: str
 ) -> dict[str, Any]:
-  config_file = path / 'config.json'
-  if not config_file.exists():
-    raise UserError(
-      f'config.init_from {path} is no workdir (it has no config.json) and no .safetensors file.'
-    )
-  config = json.loads(config_file.read_text())
-  directory = str(path / 'checkpoints')
+  workdir, directory = find_run(path)
+  config = json.loads((workdir / 'config.json').read_text())
   student, _, step = checkpoint.read_subtree(directory, ('params',))
   teacher = {}
   if config['teacher']['enabled'] and which == 'teacher':

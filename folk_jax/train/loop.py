@@ -12,12 +12,15 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from folk_jax import checkpoint, data
+from folk_jax import checkpoint, data, distributed
 from folk_jax import config as config_lib
 from folk_jax.errors import UserError
+from folk_jax.models import fused_attention
 from folk_jax.train import initial, metrics, sharding
-from folk_jax.train.evaluation import Evaluation
+from folk_jax.train.best import Best, check_metric
+from folk_jax.train.evaluation import Evaluation, needed_classes
 from folk_jax.train.guard import Guard, GuardSettings
+from folk_jax.train.profile import Profile
 from folk_jax.train.run import Run, data_settings, make_run
 from folk_jax.train.state import TrainState
 
@@ -89,6 +92,7 @@ def _first_state(
       image_size=config.image_size,
       patch=run.objective.parts.patch,
       which=config.init_which,
+      heads=getattr(run.objective.parts.backbone, 'heads', None),
     )
   return jax.jit(run.new_state, out_shardings=shardings)(key, loaded)
 
@@ -117,6 +121,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
     UserError: for what the user can mend.
     RunStopped: where the guard stops the run.
   """
+  timer = metrics.StepTimer()
   config_lib.check_layout(
     config.batch_size, config.accumulate, jax.device_count(), config.mesh.fsdp
   )
@@ -125,6 +130,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
   settings = data_settings(config)
   source = data.make_source(settings, 'train')
   run = make_run(config, len(source), len(source.class_names))
+  _check_kernel(run)
   mesh = sharding.make_mesh(config.mesh.fsdp)
   checkpoints = checkpoint.Checkpoints(
     str(epath.Path(workdir).expanduser() / 'checkpoints'),
@@ -135,22 +141,35 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
   )
   with jax.set_mesh(mesh), checkpoints:
     state = _first_state(config, run, source, checkpoints, mesh)
-    _train(config, workdir, run, state, source, settings, checkpoints, mesh)
+    _train(config, workdir, run, state, source, settings, checkpoints, mesh, timer)
 
 
-def judged(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
-  """What the evaluation of `config` says of the newest checkpoint in `workdir`, as `eval/<name>`."""
+def _check_kernel(run: Run) -> None:
+  backbone = run.objective.parts.backbone
+  if getattr(backbone, 'attention', '') == 'pallas' and jax.default_backend() == 'tpu':
+    tokens = 1 + backbone.grid[0] * backbone.grid[1]
+    fused_attention.self_check(backbone.width, backbone.heads, tokens, backbone.dtype)
+
+
+def judged(config: ml_collections.ConfigDict, workdir: str, best: bool = False) -> dict[str, float]:
+  """What the evaluation of `config` says of the newest checkpoint in `workdir`, or of its best, as `eval/<name>`.
+
+  Raises:
+    UserError: for what the user can mend, a best checkpoint that the run has not kept among it.
+  """
   settings = data_settings(config)
   source = data.make_source(settings, 'train')
   run = make_run(config, len(source), len(source.class_names))
   mesh = sharding.make_mesh(config.mesh.fsdp)
-  directory = epath.Path(workdir).expanduser() / 'checkpoints'
+  directory = epath.Path(workdir).expanduser() / (initial.BEST if best else initial.LAST)
+  if best and not directory.is_dir():
+    raise initial.no_best(workdir)
   with (
     jax.set_mesh(mesh),
     checkpoint.Checkpoints(str(directory), 0, 1, 0, False) as checkpoints,
   ):
     state = _first_state(config, run, source, checkpoints, mesh)
-    return Evaluation(config, run, settings, mesh)(state)
+    return Evaluation(config, run, settings, mesh, source)(state)
 
 
 def _train(
@@ -162,6 +181,7 @@ def _train(
   settings: data.DataSettings,
   checkpoints: checkpoint.Checkpoints,
   mesh: Mesh,
+  timer: metrics.StepTimer,
 ) -> None:
   """Steps from `state` to the end: data, step, metrics a step late, guard, evaluations, checkpoints."""
   start, total = int(state.step), run.total_steps
@@ -172,11 +192,14 @@ def _train(
       print(_summary(workdir, total))
     return
   train_step = compile_step(run, state, mesh)
-  evaluation = Evaluation(config, run, settings, mesh)
+  evaluation = Evaluation(config, run, settings, mesh, source)
+  if config.checkpoint.best:
+    check_metric(config.checkpoint.best, evaluation.names(state))
   guard = Guard(GuardSettings(**config.guard))
   # From here on the workdir is this run's: no mistake of the user's is left that another config would mend.
   _write_config(config, epath.Path(workdir).expanduser())
-  timer, late = metrics.StepTimer(), metrics.Late()
+  timer.begin()
+  late, profile = metrics.Late(), Profile(config.profile_steps, workdir, start, total)
   writer = metrics.MetricWriter(
     workdir,
     tensorboard=config.logging.tensorboard,
@@ -207,7 +230,8 @@ def _train(
     with timer.paused():
       if scalars := evaluation(state):
         writer.write(step, scalars)
-        progress.say(_evaluation_line(step, scalars))
+        is_best = best.offer(step, scalars, state)
+        progress.say(_evaluation_line(step, scalars) + '  (the best so far)' * is_best)
 
   batches = data.train_batches(
     source,
@@ -217,22 +241,38 @@ def _train(
     batch_size=config.batch_size,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    classes=needed_classes(run, source),
   )
-  with writer, progress, contextlib.closing(batches):
+  best = Best(config.checkpoint.best, workdir, about, config.checkpoint.asynchronous)
+  with writer, progress, best, contextlib.closing(batches):
     if start == 0 and config.evaluation.at_start:
       state = evaluation.recalibrated(state)
       evaluate(0)
+    preempted = False
     for step in range(start + 1, total + 1):
+      if preempted:
+        raise distributed.Preempted(
+          f'told to end after step {step - 1} of {total}; the same command goes on from the newest checkpoint'
+        )
       with timer.waiting():
         batch = sharding.put_batch(next(batches), mesh)
-      state, values = train_step(state, batch)
+      if step == start + 1:
+        with timer.paused():
+          train_step = train_step.lower(state, batch).compile()
+      profile.before(step)
+      with jax.profiler.StepTraceAnnotation('train', step_num=step):
+        state, values = train_step(state, batch)
+      if profile.after(step, values):
+        progress.say(f'{config.profile_steps} steps were traced into {profile.directory}')
       timer.tick(config.batch_size)
       report(late.flush())  # The step before: reading it doesn't stall the one just launched.
       progress.update(step)
       last = step == total
       if last or step % config.log_every == 0:
         late.push(step, values)
-      saves = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
+      preempted = distributed.preempted(step)
+      saves = last or preempted
+      saves = saves or (config.checkpoint.every and step % config.checkpoint.every == 0)
       evaluates = last or (config.eval_every and step % config.eval_every == 0)
       if not (saves or evaluates):
         continue
@@ -246,13 +286,14 @@ def _train(
         evaluate(step)
       if saves:
         with timer.paused():
-          checkpoints.save(step, state, about | {'step': step}, force=last)
+          best.wait()
+          checkpoints.save(step, state, about | {'step': step}, force=last or preempted)
     if batches.bad_count:
       logging.warning(
         '%d undecodable images were replaced: %s', batches.bad_count, batches.bad_names
       )
   if primary:
-    print(_summary(workdir, total))
+    print('\n'.join(filter(None, (_summary(workdir, total), best.line()))))
 
 
 # What a person looks for in an evaluation, in this order.

@@ -210,9 +210,11 @@ class StepTimer:
   """
 
   def __init__(self):
-    self._restart()
+    self._born, self._trained = time.perf_counter(), 0.0
+    self.begin()
 
-  def _restart(self) -> None:
+  def begin(self) -> None:
+    """Begins a window: what came before counts as no step's time."""
     self._began = time.perf_counter()
     self._waited, self._images, self._steps = 0.0, 0, 0
 
@@ -242,14 +244,18 @@ class StepTimer:
   def scalars(self) -> dict[str, float]:
     """Ends the window, and says what it held; empty where no step was counted.
 
-    `train/images_per_second`, `train/step_seconds`, and `train/data_wait` in [0, 1].
+    `train/images_per_second`, `train/step_seconds`, and in [0, 1] `train/data_wait` and `train/goodput`: the share of
+    the whole time since this timer was made that went into steps, and not into waiting or what was left out.
     """
-    elapsed = max(time.perf_counter() - self._began, 1e-9)
+    now = time.perf_counter()
+    elapsed = max(now - self._began, 1e-9)
     steps, images, waited = self._steps, self._images, self._waited
-    self._restart()
+    self.begin()
     if not steps:
       return {}
+    self._trained += max(elapsed - waited, 0.0)
     return {
+      'train/goodput': min(self._trained / max(now - self._born, 1e-9), 1.0),
       'train/images_per_second': images / elapsed,
       'train/data_wait': min(waited / elapsed, 1.0),
       'train/step_seconds': elapsed / steps,

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 
 from folk_jax import data, models
+from folk_jax.models import fused_attention
 from folk_jax.objectives import LocalViews, Objective, Parts, make_objective
 from folk_jax.objectives.base import with_statistics
 from folk_jax.signal.augment import Augmentation
@@ -60,6 +61,7 @@ def make_run(config: ml_collections.ConfigDict, images: int, classes: int = 0) -
     dtype=dtype,
     local_views=_local_views(config),
     classes=classes,
+    spectral_backend=spectral_backend(config.spectral_backend),
   )
   settings = dict(config.objective)
   objective = make_objective(settings.pop('name'), parts, settings)
@@ -87,6 +89,8 @@ def make_backbone(config: ml_collections.ConfigDict) -> Any:
   """The backbone that `config.model` describes; a layer_scale of 0 is none."""
   fields = dict(config.model) | {'dtype': compute_dtype(config.model.dtype)}
   name = fields.pop('name')
+  if 'attention' in fields:
+    fields['attention'] = _attention(fields)
   if 'layer_scale' in fields:
     fields['layer_scale'] = fields['layer_scale'] or None
   return models.make_backbone(name, config.image_size, **fields)
@@ -102,9 +106,45 @@ def _local_views(config: ml_collections.ConfigDict) -> LocalViews | None:
 
 def compute_dtype(name: str) -> str:
   """'auto' is bfloat16 on TPU and GPU and float32 on CPU, where XLA gains nothing from bfloat16."""
-  if name != 'auto':
-    return name
-  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  return _chosen('model.dtype', name)
+
+
+def spectral_backend(name: str) -> str:
+  """'auto' is 'matmul' on TPU, where it moves fewer bytes, and 'fft' elsewhere."""
+  return _chosen('spectral_backend', name)
+
+
+# What 'auto' stands for, by platform.
+_AUTO = {
+  'model.dtype': {'tpu': 'bfloat16', 'gpu': 'bfloat16', 'cpu': 'float32'},
+  'model.attention': {'tpu': 'pallas', 'gpu': 'xla', 'cpu': 'xla'},
+  'spectral_backend': {'tpu': 'matmul', 'gpu': 'fft', 'cpu': 'fft'},
+}
+
+
+def _chosen(field: str, value: str, platform: str = '') -> str:
+  if value != 'auto':
+    return value
+  choices = _AUTO[field]
+  return choices.get(platform or jax.default_backend(), choices['gpu'])
+
+
+def for_platform(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
+  """A copy of `config` with what 'auto' stands for on 'tpu', 'gpu' or 'cpu', whatever this machine has."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model.dtype = _chosen('model.dtype', config.model.dtype, platform)
+    config.spectral_backend = _chosen('spectral_backend', config.spectral_backend, platform)
+    if 'attention' in config.model:
+      config.model.attention = _attention(config.model, platform)
+  return config
+
+
+def _attention(model: Mapping[str, Any], platform: str = '') -> str:
+  """'auto' is the kernel on TPUs, where it takes heads of that width, and 'xla' elsewhere."""
+  name = _chosen('model.attention', model['attention'], platform)
+  taken = model['attention'] != 'auto' or fused_attention.fits(model['width'], model['heads'])
+  return name if taken else 'xla'
 
 
 def data_settings(config: ml_collections.ConfigDict) -> data.DataSettings:

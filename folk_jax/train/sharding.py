@@ -4,23 +4,49 @@ Two axes: `data` (each replica its own images) and `fsdp` (its own images too, a
 are sharded over both, so that every device has its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from folk_jax.errors import UserError
+
 AXES = ('data', 'fsdp')
+_TYPES = (AxisType.Auto, AxisType.Auto)
 # Below this many elements a parameter is cheaper to replicate than to gather: biases, norms, position embeddings of
 # small models. 64 Ki floats are 256 KiB a device.
 _SHARD_FROM = 2**16
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-  """A mesh over all devices of all hosts, [devices / fsdp, fsdp], axes `data` and `fsdp`."""
-  devices = jax.device_count()
-  return jax.make_mesh((devices // fsdp, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh, [devices / fsdp, fsdp], axes `data` and `fsdp`, over all devices of all hosts or over `devices`.
+
+  Devices that parameters are sharded over gather them twice a step, so they lie within a slice: a TPU slice, whose
+  chips have links of their own, or what jax calls one on GPUs, a host. Between slices go gradients alone.
+
+  Raises:
+    UserError: `fsdp` does not divide a slice, or slices differ in size.
+  """
+  slices: dict[int, list[jax.Device]] = {}
+  for device in jax.devices() if devices is None else devices:
+    slices.setdefault(getattr(device, 'slice_index', None) or 0, []).append(device)
+  sizes = {len(members) for members in slices.values()}
+  if len(sizes) > 1:
+    raise UserError(f'slices of {sorted(sizes)} devices: a mesh takes slices of one size.')
+  (size,) = sizes
+  if fsdp < 1 or size % fsdp:
+    divisors = ', '.join(str(n) for n in range(1, size + 1) if size % n == 0)
+    raise UserError(
+      f'config.mesh.fsdp {fsdp} does not divide the {size} devices of a slice: use one of {divisors}.'
+    )
+  # jax orders a slice's devices after its links, and refuses several slices at once.
+  blocks = [
+    jax.make_mesh((size // fsdp, fsdp), AXES, axis_types=_TYPES, devices=slices[index]).devices
+    for index in sorted(slices)
+  ]
+  return Mesh(np.concatenate(blocks), AXES, axis_types=_TYPES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -41,8 +41,10 @@ def make_train_step(
       return output.loss, output
 
     gradient, output = accumulated(jax.grad(loss, has_aux=True), state.params, batch, accumulate)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    norm = optax.tree.norm(gradient)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(output.loss)
     metrics = output.metrics | {
       'gradient_norm': norm,
@@ -50,7 +52,7 @@ def make_train_step(
     }
     state = TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       opt_state=opt_state,
       extra=output.extra,
     )

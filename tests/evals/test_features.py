@@ -153,7 +153,7 @@ def share():
   for start in (0, 8, 16):
     number = np.arange(start + 4 * process, start + 4 * process + 4)
     row = np.minimum(number, 17)
-    yield {'views': views[row], 'label': labels[row], 'valid': number < 18}
+    yield {'views': views[row], 'label': labels[row], 'valid': number < 18, 'index': number}
 
 apply = lambda params, image: image.astype(jnp.float32).mean(axis=(1, 2)) - 128.0
 with jax.set_mesh(mesh):

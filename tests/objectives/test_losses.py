@@ -1,6 +1,8 @@
 """Losses against DINO's and iBOT's numbers, slow float64 twins and hand-worked values."""
 
+import functools
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -19,9 +21,15 @@ GRADIENT = {'rtol': 1e-4, 'atol': 1e-7}
 
 # Compiled whole: operation by operation, most of this file's time would go into compiling.
 distillation_loss = jax.jit(losses.distillation_loss)
-patch_distillation_loss = jax.jit(losses.patch_distillation_loss)
 updated_centre = jax.jit(losses.updated_centre)
 distillation_statistics = jax.jit(losses.distillation_statistics)
+
+
+@functools.partial(jax.jit, static_argnames='chunk')
+def patch_distillation_loss(student, teacher, *args, chunk=3):
+  """Of logits: with the unit matrix for prototypes, embeddings are the logits themselves."""
+  eye = jnp.eye(student.shape[-1])
+  return losses.patch_distillation_loss(student, teacher, eye, eye, *args, chunk=chunk)
 
 
 @pytest.fixture(scope='module')
@@ -159,6 +167,54 @@ def test_patch_distillation_equals_a_loop_over_tokens():
     np.testing.assert_allclose(
       result[image], np.mean([np.mean(v) if v else 0.0 for v in views]), **LOSS
     )
+
+
+@pytest.mark.parametrize('chunk', [1, 2, 4, 5, 16])
+def test_chunks_change_neither_loss_nor_gradient(chunk):
+  """Also where the last is not full."""
+  student, teacher = logits(0, 3, 2, 5, 7), logits(1, 3, 2, 5, 7)
+  centre, mask = logits(2, 7), np.random.default_rng(3).random((3, 2, 5)) < 0.5
+
+  def total(student, prototypes, chunk):
+    loss_B = losses.patch_distillation_loss(
+      student, teacher, prototypes, jnp.eye(7), centre, 0.1, 0.05, mask, chunk
+    )
+    return loss_B.sum()
+
+  of_both = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), static_argnums=2)
+  prototypes = logits(4, 7, 7)
+  for found, wanted in zip(
+    jax.tree.leaves(of_both(student, prototypes, chunk)),
+    jax.tree.leaves(of_both(student, prototypes, 3)),
+    strict=True,
+  ):
+    # Another order of summation: seven terms of up to 10, the inverse temperature, 6e-8 each.
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=4e-6)
+
+
+def test_logits_of_all_tokens_never_exist():
+  """In neither pass: the largest array is a chunk's logits."""
+  tokens, outputs = 40, 64
+  student, prototypes = jnp.ones((2, 2, tokens, 4)), jnp.ones((4, outputs))
+
+  def total(student, prototypes):
+    return losses.patch_distillation_loss(
+      student,
+      student,
+      prototypes,
+      prototypes,
+      jnp.zeros(outputs),
+      0.1,
+      0.05,
+      jnp.ones((2, 2, tokens)),
+      8,
+    ).sum()
+
+  text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(student, prototypes).as_text()
+  sizes = [
+    math.prod(map(int, found.split('x'))) for found in re.findall(r'tensor<([\dx]+)xf32>', text)
+  ]
+  assert max(sizes) == 2 * 2 * 8 * outputs  # And not 5 times that.
 
 
 @pytest.mark.parametrize('outputs', [2, 64, 8192])

@@ -151,3 +151,23 @@ def test_mistakes_are_said_in_words(call, words):
   with pytest.raises(UserError) as refused:
     call(keys(1))
   assert words in str(refused.value) and '\n' not in str(refused.value)
+
+
+def test_masked_patches_come_first_and_each_number_once():
+  mask_Bhw = ibot_masks()[:64]
+  index_BS = np.asarray(patch_masks.masked_first(mask_Bhw, 0.5))
+  assert index_BS.shape == (64, 98)
+  mask_BT = mask_Bhw.reshape(64, -1)
+  for index_S, mask_T in zip(index_BS, mask_BT, strict=True):
+    assert len(set(index_S)) == 98
+    hidden = mask_T.sum()
+    np.testing.assert_array_equal(index_S[:hidden], np.flatnonzero(mask_T))
+
+
+def test_masked_patches_have_room_where_float32_rounds_up():
+  # 0.29 * 100 is 28.999999999999996 in Python; a device's float32 draws up to 29.
+  mask_Bhw = np.zeros((1, 10, 10), bool)
+  mask_Bhw[0, :3] = True
+  mask_Bhw[0, 0, 0] = False
+  index_BS = np.asarray(patch_masks.masked_first(mask_Bhw, 0.29))
+  np.testing.assert_array_equal(index_BS[0], np.arange(1, 30))

@@ -4,20 +4,24 @@ import jax
 import pytest
 from PIL import Image
 
-from folk_jax import config
+from folk_jax import config, data
+from folk_jax.data.folder import FolderSource
 from folk_jax.errors import UserError
 from folk_jax.train import sharding
 from folk_jax.train.evaluation import Evaluation
 from folk_jax.train.run import data_settings, make_run
 
 
-def evaluate(path, **data):
-  recipe = config.load_recipe('configs/vit_b.py', f'smoke,data=folder,path="{path}"')
-  recipe.data.update(data)
-  run = make_run(recipe, images=8)
+def evaluate(path, recipe='vit_b.py', classes=0, **fields):
+  recipe = config.load_recipe(f'configs/{recipe}', f'smoke,data=folder,path="{path}"')
+  recipe.data.update(fields)
+  run = make_run(recipe, images=8, classes=classes)
   mesh = sharding.make_mesh()
   evaluation = Evaluation(recipe, run, data_settings(recipe), mesh)
-  return evaluation(jax.jit(run.new_state)(jax.random.key(0), {}))
+  state = jax.jit(run.new_state)(jax.random.key(0), {})
+  scalars = evaluation(state)
+  assert evaluation.names(state) == (*scalars,)  # Said beforehand.
+  return scalars
 
 
 def write_images(folder, colours):
@@ -41,6 +45,18 @@ def test_without_labels_only_reconstruction(tmp_path):
   assert set(evaluate(tmp_path)) == {'eval/reconstruction', 'eval/reconstruction_of_mean'}
 
 
+def test_an_image_without_label_among_labelled_ones_is_named_and_knn_may_be_left_out(
+  tmp_path, monkeypatch
+):
+  for split in ('train', 'val'):
+    for kind in ('blue', 'red'):
+      write_images(tmp_path / split / kind, [(0, 0, 200)] * 2)
+  label = FolderSource.label
+  monkeypatch.setattr(FolderSource, 'label', lambda self, i: -1 if i == 2 else label(self, i))
+  with pytest.raises(UserError, match="train/red/0.png' has no label, .*evaluation.knn="):
+    evaluate(tmp_path)
+
+
 def test_without_held_out_images_none_unless_asked_for_by_name(tmp_path):
   write_images(tmp_path / 'flat', [(i, 90, 200) for i in range(9)])
   assert evaluate(tmp_path / 'flat') == {}
@@ -50,3 +66,22 @@ def test_without_held_out_images_none_unless_asked_for_by_name(tmp_path):
     evaluate(tmp_path / 'empty')
   with pytest.raises(UserError, match='holdout'):
     evaluate(tmp_path / 'flat', test_split='holdout')
+
+
+@pytest.mark.parametrize('recipe', ['finetune.py', 'linear.py'])
+def test_labels_that_are_needed_are_asked_for_before_the_first_step(tmp_path, recipe):
+  for kind in ('blue', 'red'):
+    write_images(tmp_path / 'train' / kind, [(0, 0, 200)])
+  write_images(tmp_path / 'val', [(0, 0, 200)])
+  with pytest.raises(UserError, match="val/0.png' has no label, expected one of the 2 classes"):
+    evaluate(tmp_path, recipe, classes=2)
+
+
+def test_an_epoch_of_few_labels_is_of_those_alone():
+  recipe = config.load_recipe('configs/finetune.py', 'smoke')
+  recipe.update({'epochs': 4, 'total_steps': 0, 'batch_size': 16})
+  recipe.data.update({'limit': 0, 'images_a_class': 4})
+  source = data.make_source(data_settings(recipe), 'train')
+  # 10 classes of 4: 40 images in batches of 16, four times.
+  run = make_run(recipe, len(source), len(source.class_names))
+  assert run.total_steps == 10 and run.objective.parts.steps_per_epoch == 2.5

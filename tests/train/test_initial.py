@@ -139,7 +139,7 @@ def test_paths_that_hold_no_weights_are_refused(tmp_path, workdir):
   (tmp_path / 'begun' / 'config.json').write_text((workdir[0] / 'config.json').read_text())
   (tmp_path / 'cut.safetensors').write_bytes(b'\x10')
   for name, words in {
-    'nowhere': "nowhere' does not exist: give a workdir, or a timm .safetensors",
+    'nowhere': "nowhere' does not exist: give a workdir, or a .safetensors",
     'empty': 'is no workdir (it has no config.json)',
     'begun': 'no checkpoint in ',
     'cut.safetensors': 'cut.safetensors: damaged',
@@ -196,3 +196,56 @@ def test_a_workdir_of_a_resnet_gives_one_network_and_its_clean_statistics(
 def test_a_resnet_does_not_start_from_a_vit(workdir, resnet_variables):
   with pytest.raises(UserError, match='conv1.weight.*unknown to the model: cls_token'):
     initial.load(str(workdir[0]), {'backbone': resnet_variables[0]}, image_size=32, patch=32)
+
+
+@pytest.mark.parametrize('image_size', [16, 24])
+def test_an_npz_gives_the_backbone_in_either_naming(workdir, tmp_path, image_size):
+  saved = workdir[1].params['backbone']
+  np.savez(tmp_path / 'timm.npz', **timm.to_timm(saved))
+  np.savez(tmp_path / 'big_vision.npz', **timm.to_big_vision(saved, heads=2))
+  side = image_size // 8
+  for name in ('timm', 'big_vision'):
+    expected = dict(saved)
+    if name == 'big_vision':  # Where the class token holds its position.
+      expected['cls_token'] = saved['cls_token'] + saved['pos_embed'][:, :1]
+      expected['pos_embed'] = saved['pos_embed'].at[:, 0].set(0.0)
+    expected['pos_embed'] = models.resample_position_embedding(
+      expected['pos_embed'], (2, 2), (side, side)
+    )
+    loaded = load(tmp_path / f'{name}.npz', image_size=image_size)
+    assert set(loaded) == {'backbone'}
+    assert_equal(loaded['backbone'], expected)
+
+
+def test_an_npz_of_another_architecture_or_of_something_else_is_refused(workdir, tmp_path):
+  saved = workdir[1].params['backbone']
+  np.savez(tmp_path / 'timm.npz', **timm.to_timm(saved))
+  np.savez(tmp_path / 'big_vision.npz', **timm.to_big_vision(saved, heads=2))
+  np.savez(tmp_path / 'foreign.npz', **{name: np.zeros(3) for name in 'abcde'})
+  (tmp_path / 'cut.npz').write_bytes((tmp_path / 'timm.npz').read_bytes()[:900])
+  for name, words in {
+    'timm.npz': '12 unknown to the model: blocks.1.norm1.weight',
+    'big_vision.npz': '16 unknown to the model: params/Transformer/encoderblock_1/',
+    'foreign.npz': "neither big_vision's names .* it holds a, b, c, d, ...; export one",
+    'cut.npz': 'damaged or not what its ending says',
+  }.items():
+    with pytest.raises(UserError, match=words):
+      load(tmp_path / name, **{'model.depth': 1})
+
+
+def test_heads_of_an_npz_are_checked_where_they_are_known(workdir, tmp_path):
+  saved = workdir[1].params['backbone']
+  np.savez(tmp_path / 'vit.npz', **timm.to_big_vision(saved, heads=2))
+  sizes = {'image_size': 16, 'patch': 8}
+  path, params = str(tmp_path / 'vit.npz'), {'backbone': saved}
+  assert_equal(initial.load(path, params, **sizes), initial.load(path, params, **sizes, heads=2))
+  with pytest.raises(UserError, match=r'query/kernel \(file \[24, 2, 12\], model \[24, 4, 6\]'):
+    initial.load(path, params, **sizes, heads=4)
+
+
+def test_an_npz_of_a_resnet_gives_its_statistics_too(resnet_variables, tmp_path):
+  params, _, statistics, _ = resnet_variables
+  np.savez(tmp_path / 'resnet.npz', **timm.to_timm(params, statistics))
+  file = str(tmp_path / 'resnet.npz')
+  loaded = initial.load(file, {'backbone': params}, image_size=96, patch=32)
+  assert_equal(loaded, {'backbone': params, 'batch_stats': statistics})

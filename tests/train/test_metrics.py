@@ -182,6 +182,7 @@ def test_step_timer_shares_out_a_window(monkeypatch):
     'train/images_per_second': 32.0,
     'train/data_wait': 0.25,
     'train/step_seconds': 2.0,
+    'train/goodput': 6.0 / 1008.0,  # Of all the time that there was.
   }
   assert timer.scalars() == {}
   clock.now += 8.0

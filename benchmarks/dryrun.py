@@ -1,0 +1,156 @@
+"""Compiles recipes for TPU slices and keeps what the compiler says: the tables of docs/performance.md.
+
+  python benchmarks/dryrun.py                      # every row that isn't there yet, the most important first
+  python benchmarks/dryrun.py --only=vit_b_v5e_16 --redo
+  python benchmarks/dryrun.py --list
+
+One row after the other, each in a process of its own, written as soon as it is there: it may be stopped and started
+again. A row takes minutes on two cores. Needs the `tpu` extra and no TPU.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import report
+
+from folk_jax.errors import UserError
+
+_OUT = report.ROOT / 'benchmarks' / 'results' / 'dryrun.json'
+
+
+def _row(what: str, recipe: str, topology: str, **fields: Any) -> dict[str, Any]:
+  flags = [f'--config=configs/{recipe}', f'--topology={topology}']
+  return {'what': what, 'flags': [*flags, *(f'--config.{k}={v}' for k, v in fields.items())]}
+
+
+# The kernel for TPUs; with it, 64 images a chip fit a v5e without recomputing anything.
+_PALLAS = {'model.attention': 'pallas', 'model.remat': 'none'}
+# By name, in the order of importance. 64 images a chip unless the row says otherwise.
+ROWS: dict[str, dict[str, Any]] = {
+  'vit_b_v5e_16': _row('FOLK, ViT-B/16', 'vit_b.py', 'v5e:4x4', batch_size=1024, **_PALLAS),
+  'vit_b_v5e_256': _row('FOLK, ViT-B/16', 'vit_b.py', 'v5e:16x16', batch_size=4096, **_PALLAS),
+  'vit_l_v5p_fsdp': _row(
+    'FOLK, ViT-L/16',
+    'vit_l.py',
+    'v5p:2x2x4',
+    batch_size=1024,
+    **(_PALLAS | {'model.remat': 'block', 'mesh.fsdp': 8}),
+  ),
+  'vit_b_v5e_8': _row('FOLK, ViT-B/16', 'vit_b.py', 'v5e:2x4', batch_size=128, **_PALLAS),
+  'vit_b_v6e_16': _row('FOLK, ViT-B/16', 'vit_b.py', 'v6e:4x4', batch_size=1024, **_PALLAS),
+  'vit_s_v5e_16': _row('FOLK, ViT-S/16', 'vit_s.py', 'v5e:4x4', batch_size=1024, **_PALLAS),
+  'resnet50_v5e_16': _row('FOLK, ResNet-50', 'resnet50.py', 'v5e:4x4', batch_size=1024),
+  'vit_b_v4_16': _row('FOLK, ViT-B/16', 'vit_b.py', 'v4:2x2x4', batch_size=1024, **_PALLAS),
+  'mfm_v5e_16': _row('MFM, ViT-B/16', 'mfm.py', 'v5e:4x4', batch_size=1024, **_PALLAS),
+  'mae_v5e_16': _row('MAE, ViT-B/16', 'mae.py', 'v5e:4x4', batch_size=1024, **_PALLAS),
+  'dino_v5e_16': _row('DINO, ViT-B/16', 'dino.py', 'v5e:4x4', batch_size=512, **_PALLAS),
+  'vit_b_v5e_16_elementwise': _row(
+    'FOLK, ViT-B/16',
+    'vit_b.py',
+    'v5e:4x4',
+    batch_size=1024,
+    **(_PALLAS | {'model.remat': 'elementwise'}),
+  ),
+  'vit_b_v5e_16_block': _row(
+    'FOLK, ViT-B/16',
+    'vit_b.py',
+    'v5e:4x4',
+    batch_size=1024,
+    **(_PALLAS | {'model.remat': 'block'}),
+  ),
+  'vit_b_v5e_16_xla': _row(
+    'FOLK, ViT-B/16, attention by XLA',
+    'vit_b.py',
+    'v5e:4x4',
+    batch_size=1024,
+    **{'model.attention': 'xla', 'model.remat': 'elementwise'},
+  ),
+  'vit_b_v5e_64': _row('FOLK, ViT-B/16', 'vit_b.py', 'v5e:8x8', batch_size=1024, **_PALLAS),
+  'vit_b_v5e_32': _row('FOLK, ViT-B/16', 'vit_b.py', 'v5e:4x8', batch_size=512, **_PALLAS),
+}
+
+
+def measure(name: str) -> dict[str, Any]:
+  """One row: the command's own report, when and at which commit; of a step that does not fit, the shortfall."""
+  row = ROWS[name]
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder) / 'report.json'
+    command = [sys.executable, '-m', 'folk_jax.dryrun', *row['flags'], '--suggestions=0']
+    done = subprocess.run([*command, f'--json={file}'], cwd=report.ROOT, check=False)
+    if not file.exists():
+      raise UserError(f'row {name} failed with status {done.returncode}; its own words are above')
+    found = json.loads(file.read_text(encoding='utf-8'))
+  about = report.context(row['flags'][1].partition('=')[2])
+  return {
+    'name': name,
+    'what': row['what'],
+    'command': ' '.join(['python -m folk_jax.dryrun', *row['flags']]),
+    'date': about['date'],
+    'commit': about['commit'],
+    'load_average': about['machine']['load_average'],
+  } | found
+
+
+def _rows(out: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """The rows that are there and still known, by name."""
+  rows = json.loads(out.read_text(encoding='utf-8'))['rows'] if out.exists() else []
+  return {row['name']: row for row in rows if row['name'] in ROWS}
+
+
+def _write(out: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  order = list(ROWS)
+  rows = sorted(rows, key=lambda row: order.index(row['name']))
+  about = {'what': "Steps compiled by the TPU's own compiler for slices that were not there"}
+  report.write_json(out, about | report.context('none: compiled only') | {'rows': rows})
+
+
+def _line(row: Mapping[str, Any]) -> list[str]:
+  if not row['fits']:
+    return [row['name'], 'does not fit', '', '', '']
+  bound = row['roofline']
+  return [
+    row['name'],
+    f'{row["memory"]["total"] / 2**30:.2f} GiB',
+    f'{row["flops"]["executed_over_model"]:.2f}x',
+    f'{1e3 * bound["seconds"]:.1f} ms ({bound["bound_by"]})',
+    f'{bound["mfu"]:.0%}',
+  ]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--only', nargs='*', help='names of rows; all by default')
+  parser.add_argument('--redo', action='store_true', help='also rows that are there')
+  parser.add_argument('--list', action='store_true', help='print the rows and stop')
+  parser.add_argument('--out', type=pathlib.Path, default=_OUT)
+  args = parser.parse_args()
+  wanted = args.only or list(ROWS)
+  if missing := [name for name in wanted if name not in ROWS]:
+    raise UserError(f'no row {missing[0]!r}; known: {", ".join(ROWS)}')
+  rows = _rows(args.out)
+  if args.list:
+    for name in wanted:
+      there = 'there' if name in rows else 'to do'
+      print(f'{there}  {name}: {ROWS[name]["what"]}  {" ".join(ROWS[name]["flags"])}')
+    return
+  os.nice(5)  # Minutes of a machine that others may be using.
+  for name in wanted:
+    if name in rows and not args.redo:
+      continue
+    print(f'{name}: {ROWS[name]["what"]}', file=sys.stderr, flush=True)
+    found = measure(name)
+    rows = _rows(args.out) | {name: found}  # Read anew: another process may have added some.
+    _write(args.out, list(rows.values()))
+  header = ['row', 'memory a chip', 'executed / model', 'at least', 'MFU at most']
+  print(report.table(header, [_line(rows[name]) for name in wanted]))
+
+
+if __name__ == '__main__':
+  report.main(main)

@@ -1,0 +1,195 @@
+"""Times a recipe's train step over batch sizes and settings, against its products and the chip's own peak.
+
+  python benchmarks/step.py --config=configs/vit_b.py --batches=64,128,256 --settings=xla:none,cudnn:none,cudnn:block
+  python benchmarks/step.py --config=configs/vit_s.py --batches=4,8                 # on a CPU
+
+Each batch size and setting (`model.attention`:`model.remat`) runs in a process of its own, on a batch that already lies
+on the device: the loader has no part in it. MFU is of the model's own products (docs/performance.md says how they are
+counted) against the largest matrix product's rate, measured in the same process. What does not fit in memory is said
+and left out. Rows that stand in the JSON are kept: it may be stopped and started again.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import report
+
+from folk_jax.errors import UserError
+
+_IMAGENET = 1_281_167
+
+
+def peak_flops(dtype: str) -> float:
+  """The best rate of a square matrix product, FLOP/s: what this chip gives, not what it is sold as."""
+  import jax
+  import jax.numpy as jnp
+
+  side = 1024 if jax.default_backend() == 'cpu' else 8192
+  left = jnp.ones((side, side), dtype)
+  product = jax.jit(lambda x: x @ x).lower(left).compile()
+  best = min(report.measure({'product': lambda: product(left)}, 7)['product'])
+  return 2 * side**3 / (best / 1e3)
+
+
+def one(flags: argparse.Namespace) -> dict[str, Any]:
+  """Times one batch size and setting in this process."""
+  import jax
+  import numpy as np
+
+  from folk_jax.compiled.step import Compiler
+  from folk_jax.config import load_recipe
+  from folk_jax.train import loop, sharding
+  from folk_jax.train.run import compute_dtype, make_run
+
+  path, _, argument = flags.config.partition(':')
+  config = load_recipe(str(report.ROOT / path), argument or None)
+  attention, remat = flags.one.split(':')
+  config.batch_size = int(flags.batches)
+  config.model.attention, config.model.remat = attention, remat
+  config.epochs, config.total_steps = 300, 0  # The schedules' length; nobody waits for it.
+  if flags.dtype:
+    config.model.dtype = flags.dtype
+  dtype = compute_dtype(config.model.dtype)
+  if not flags.augmentation:
+    for view in config.views.values():
+      view.update(
+        {f'{name}_probability': 0.0 for name in ('jitter', 'grayscale', 'blur', 'solarise')}
+      )
+  peak = peak_flops(dtype)
+  own = Compiler(flags.config, None, _IMAGENET, 1000).expected(config)[0].model_flops
+  mesh = sharding.make_mesh()
+  side = config.image_size
+  shape = (config.batch_size, len(config.views), side, side, 3)
+  batch = {
+    'views': np.random.default_rng(0).integers(0, 256, shape, np.uint8),
+    'label': np.zeros(config.batch_size, np.int32),
+    'index': np.arange(config.batch_size),
+    'valid': np.ones(config.batch_size, bool),
+  }
+  with jax.set_mesh(mesh):
+    run = make_run(config, _IMAGENET, 1000)
+    state = jax.jit(run.new_state)(jax.random.key(0), {})
+    batch = sharding.put_batch(batch, mesh)
+    began = time.perf_counter()
+    step = loop.compile_step(run, state, mesh).lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - began
+    for _ in range(3):
+      state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+    began = time.perf_counter()
+    for _ in range(flags.steps):
+      state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+    seconds = (time.perf_counter() - began) / flags.steps
+  device = jax.devices()[0]
+  memory = (device.memory_stats() or {}).get('peak_bytes_in_use', 0)
+  planned = step.memory_analysis().temp_size_in_bytes
+  return {
+    'device': device.device_kind,
+    'batch': config.batch_size,
+    'attention': attention,
+    'remat': remat,
+    'dtype': dtype,
+    'images_per_second': config.batch_size / seconds,
+    'ms_per_step': 1e3 * seconds,
+    'mfu': own / seconds / (peak * mesh.size),
+    'model_gflop_an_image': own / config.batch_size / 1e9,
+    'peak_tflops': peak / 1e12,
+    'peak_memory_gib': memory / 2**30,
+    'temporaries_gib': planned / 2**30,
+    'compile_seconds': compile_seconds,
+    'finite': bool(np.isfinite(float(metrics['loss']))),
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add(
+    '--config',
+    default='configs/vit_s.py',
+    help='recipe, with its argument (default configs/vit_s.py)',
+  )
+  add('--batches', default='8', help='images a step, several apart by commas (default 8)')
+  add('--settings', default='xla:none,xla:elementwise,xla:block', help='attention:remat, several')
+  add('--dtype', default='', help='float32 or bfloat16 (default: the recipe: bfloat16 but on CPUs)')
+  add('--augmentation', action='store_true', help="with the recipe's colour augmentation")
+  add('--steps', type=int, default=5, help='timed steps (default 5)')
+  add(
+    '--out',
+    type=pathlib.Path,
+    default=None,
+    help='JSON (default benchmarks/results/step_<recipe>.json)',
+  )
+  add('--one', default='', help=argparse.SUPPRESS)
+  flags = parser.parse_args()
+  if flags.one:
+    print(json.dumps(one(flags)))
+    return
+  recipe = pathlib.Path(flags.config.partition(':')[0])
+  if not (report.ROOT / recipe).is_file():
+    raise UserError(f'--config={flags.config}: there is no recipe {recipe}')
+  out = flags.out or report.ROOT / 'benchmarks' / 'results' / f'step_{recipe.stem}.json'
+  rows = json.loads(out.read_text())['rows'] if out.exists() else []
+  for batch in flags.batches.split(','):
+    for setting in flags.settings.split(','):
+      attention, _, remat = setting.partition(':')
+      key = (int(batch), attention, remat, flags.augmentation, flags.dtype)
+      if any(
+        (r['batch'], r['attention'], r['remat'], r['augmentation'], r['asked']) == key for r in rows
+      ):
+        continue
+      command = [sys.executable, __file__, f'--one={setting}', f'--config={flags.config}']
+      command += [f'--batches={batch}', f'--steps={flags.steps}', f'--dtype={flags.dtype}']
+      command += ['--augmentation'] * flags.augmentation
+      done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)
+      if done.returncode:
+        last = (done.stderr.strip().splitlines() or ['no message'])[-1]
+        print(f'batch {batch}, {setting}: {last[:200]}', file=sys.stderr)
+        continue
+      row = json.loads(done.stdout.strip().splitlines()[-1])
+      rows.append(row | {'augmentation': flags.augmentation, 'asked': flags.dtype})
+      what = f'one train step of {flags.config}, loader left out'
+      report.write_json(out, {'what': what} | report.context(row['device']) | {'rows': rows})
+  header = (
+    'batch',
+    'attention',
+    'remat',
+    'dtype',
+    'augmented',
+    'images/s',
+    'MFU',
+    'GiB',
+    'compile s',
+  )
+  print(
+    report.table(
+      header,
+      [
+        (
+          r['batch'],
+          r['attention'],
+          r['remat'],
+          r['dtype'],
+          'yes' if r['augmentation'] else 'no',
+          r['images_per_second'],
+          f'{r["mfu"]:.1%}',
+          r['peak_memory_gib'] or r['temporaries_gib'],
+          r['compile_seconds'],
+        )
+        for r in rows
+      ],
+    )
+  )
+  print(f'written to {out}')
+
+
+if __name__ == '__main__':
+  report.main(main)

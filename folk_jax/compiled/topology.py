@@ -1,0 +1,94 @@
+"""The TPU slices that a program can be compiled for without having one.
+
+`libtpu`, the package that holds the TPU's compiler, describes a slice's chips as devices that exist on paper: shapes
+can be placed on them and programs compiled, and nothing can run.
+"""
+
+import os
+import re
+from typing import Any
+
+import jax
+
+from folk_jax.compiled.chips import CHIPS, Chip
+from folk_jax.errors import UserError
+
+# Read by jax or by libtpu when they start. The compiling process itself needs no accelerator; the queries skipped are
+# those for the TPU machine that this isn't; and several processes may compile at a time, as none of them opens a TPU.
+ENVIRONMENT = {
+  'JAX_PLATFORMS': 'cpu',
+  'TPU_SKIP_MDS_QUERY': '1',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_STDERR_LOG_LEVEL': '3',
+}
+_SIZES = {2: '4x4 (16 chips) or 16x16 (256)', 3: '2x2x4 (16 chips) or 4x4x4 (64)'}
+
+
+def prepare_environment() -> None:
+  """Sets what the compiler for TPUs needs, before jax starts: call it before anything uses a device.
+
+  Raises:
+    UserError: libtpu isn't installed.
+  """
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as error:
+    raise UserError(
+      '--topology needs the compiler for TPUs, the package libtpu, which is not installed: '
+      "pip install -c constraints.txt -e '.[tpu]' (no TPU is needed)"
+    ) from error
+  os.environ.update(ENVIRONMENT)
+  # The environment is read at jax's import, which may have been before.
+  jax.config.update('jax_platforms', 'cpu')
+
+
+def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
+  """The chip and the sizes of a topology such as 'v5e:4x4'.
+
+  Raises:
+    UserError: a chip that isn't known, or sizes of another form than the chip's slices have.
+  """
+  chip_name, _, sizes = name.partition(':')
+  if chip_name not in CHIPS:
+    known = ', '.join(f'{chip.name}:{chip.smallest}' for chip in CHIPS.values())
+    raise UserError(
+      f'unknown topology {name!r}: give a chip and the sides of its slice, such as {known}'
+    )
+  chip = CHIPS[chip_name]
+  if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', sizes) or sizes.count('x') + 1 != chip.axes:
+    raise UserError(
+      f'topology {name!r}: a slice of {chip.name} has {chip.axes} sides, such as '
+      f'{chip.name}:{_SIZES[chip.axes].replace(" or ", f" or {chip.name}:")}'
+    )
+  return chip, tuple(int(side) for side in sizes.split('x'))
+
+
+def devices(name: str, slices: int = 1) -> list[Any]:
+  """The chips of `slices` slices of a topology, as devices that a mesh can be made of; no program can run on them.
+
+  Call `prepare_environment` first.
+
+  Raises:
+    UserError: for what `parse` refuses, and for slices that the compiler doesn't know.
+  """
+  from jax.experimental import topologies
+
+  chip, sides = parse(name)
+  options: dict[str, Any] = {'num_slices': slices} if slices > 1 else {}
+  if chip.name == 'v4':
+    options['chip_config_name'] = (
+      'megacore'  # As on real machines, a chip's two cores are one device.
+    )
+  if max(sides) == 1:
+    options['chips_per_host_bounds'] = (1, 1, 1)
+  try:
+    described = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
+  except jax.errors.JaxRuntimeError as error:
+    raise UserError(
+      f'the compiler knows no slice {name}: {str(error).partition(": ")[2] or error}. Its hosts have '
+      f'{"2x2x1" if chip.axes == 3 else "2x2"} chips, which the sides must be multiples of; try '
+      f'{chip.name}:{_SIZES[chip.axes].replace(" or ", f" or {chip.name}:")}'
+    ) from error
+  return list(described.devices)
