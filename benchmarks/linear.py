@@ -6,6 +6,7 @@ Both steps are the program's own, of configs/linear.py with ViT-S/16: one forwar
 backbone, then every learning rate and feature of the recipe, or DINO's one feature at one rate. They
 are compiled and run by turns in one process, so that whatever else the machine does hits each alike.
 Trained one after the other, the heads of the sweep would take as many single probes as there are.
+Killed and started again, it goes on after the last round.
 """
 
 import argparse
@@ -13,9 +14,9 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import filters
 import jax
 import numpy as np
+import parts
 import report
 
 from folk_jax.config import load_recipe
@@ -76,23 +77,32 @@ def main() -> None:
   device = jax.devices()[0]
   out = flags.out or (report.ROOT / 'benchmarks' / 'results' / f'linear_{device.platform}.json')
 
+  context = report.context(device.device_kind)
+  about = {'settings': vars(flags) | {'out': str(out)}, 'commit': context['commit']}
+  found = parts.Parts(out, about | {'device': device.device_kind})
   shape = (flags.images, 1, flags.size, flags.size, 3)
-  view_BVHWC = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  sweep, heads = step_program(view_BVHWC)
-  single, _ = step_program(view_BVHWC, learning_rates=(0.001,), features=('last4',))
-  milliseconds = filters.measure({'sweep': sweep, 'single': single}, flags.rounds)
+
+  def runs() -> dict[str, Callable[[], Any]]:
+    view_BVHWC = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    sweep, names = step_program(view_BVHWC)
+    single, _ = step_program(view_BVHWC, learning_rates=(0.001,), features=('last4',))
+    found.get('heads', lambda: list(names))
+    return {'sweep': sweep, 'single': single}
+
+  milliseconds = found.rounds(runs, flags.rounds)
+  heads = found.get('heads', list)
   median = {name: float(np.median(times)) for name, times in milliseconds.items()}
   ratio = median['sweep'] / median['single']
   result = {
     'what': f'a step of the linear probe of ViT-S/16 on {flags.images} images of '
     f'{flags.size}x{flags.size}x3 and {CLASSES} classes: {len(heads)} heads at once, and one',
-    **report.context(device.device_kind),
+    **context,
     'rounds': flags.rounds,
-    'heads': list(heads),
+    'heads': heads,
     'step_ms': {name: round(value, 1) for name, value in median.items()},
     'sweep_over_single': round(ratio, 3),
   }
-  report.write_json(out, result)
+  found.finish(out, result)
 
   print(f'{result["what"]}, median of {flags.rounds} runs by turns, {device.device_kind}')
   rows = [(name, value, value / median['single']) for name, value in median.items()]

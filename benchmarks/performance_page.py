@@ -1,8 +1,8 @@
-"""Writes the dry-run's tables into docs/performance.md from benchmarks/results/dryrun.json: no figure there is typed.
+"""Writes the tables of docs/performance.md from the JSON files in benchmarks/results/: no figure there is typed.
 
   python benchmarks/performance_page.py
 
-Only what stands between the two marks is replaced; the words around it are written by hand.
+Only what stands between two marks of a name is replaced; the words around it are written by hand.
 """
 
 import json
@@ -10,18 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import report
+from measured_tables import cells, cores, measured
 
 from folk_jax.errors import UserError
 
-_RESULT = report.ROOT / 'benchmarks' / 'results' / 'dryrun.json'
+_RESULTS = report.ROOT / 'benchmarks' / 'results'
 _PAGE = report.ROOT / 'docs' / 'performance.md'
-_BEGIN, _END = '<!-- dry-run: begin -->', '<!-- dry-run: end -->'
 _GIB = 2**30
-
-
-def _cells(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  lines = [header, ['---'] * len(header), *rows]
-  return '\n'.join('| ' + ' | '.join(str(cell) for cell in line) + ' |' for line in lines)
 
 
 def _slice(row: Mapping[str, Any]) -> str:
@@ -114,7 +109,7 @@ def _scaling(rows: Sequence[Mapping[str, Any]]) -> str:
   header = ['recipe', 'slice', 'chips', 'images a chip', 'TFLOP a chip', 'against the smallest']
   header += ['traffic against it', 'GB sent a chip']
   return (
-    f'### Scaling: one batch a chip, more chips\n\n{_cells(header, table)}\n\n'
+    f'### Scaling: one batch a chip, more chips\n\n{cells(header, table)}\n\n'
     'Work a chip that stays constant is what perfect weak scaling needs; what grows is the share of the all-reduces.'
   )
 
@@ -143,13 +138,13 @@ def _section(result: Mapping[str, Any]) -> str:
     'of one chip and one step.',
     _verdict(rows),
     '### Memory',
-    _cells(
+    cells(
       ['step', 'slice', 'images', 'remat', 'fsdp', 'state, batch; GiB', 'temporaries']
       + ['in all (of HBM)', 'compiled in, s'],
       list(_memory(rows)),
     ),
     '### Work and the least time',
-    _cells(
+    cells(
       [
         'step',
         'slice',
@@ -163,7 +158,7 @@ def _section(result: Mapping[str, Any]) -> str:
       list(_work(rows)),
     ),
     '### Collectives',
-    _cells(
+    cells(
       ['step', 'slice', 'kind', 'of', 'times', 'MB in all', 'largest array', 'groups', 'dtype'],
       list(_collectives(rows)),
     ),
@@ -189,15 +184,27 @@ def _section(result: Mapping[str, Any]) -> str:
   return '\n\n'.join(part for part in parts if part)
 
 
+def _between_marks(page: str, name: str, section: str) -> str:
+  """`page` with `section` between the marks of that name."""
+  begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+  if page.count(begin) != 1 or page.count(end) != 1:
+    raise UserError(f'{_PAGE} must hold {begin} and {end} once each')
+  before, _, rest = page.partition(begin)
+  return f'{before}{begin}\n\n{section}\n\n{end}{rest.partition(end)[2]}'
+
+
 def main() -> None:
   page = _PAGE.read_text(encoding='utf-8')
-  if page.count(_BEGIN) != 1 or page.count(_END) != 1:
-    raise UserError(f'{_PAGE} must hold {_BEGIN} and {_END} once each')
-  before, _, rest = page.partition(_BEGIN)
-  _, _, after = rest.partition(_END)
-  result = json.loads(_RESULT.read_text(encoding='utf-8'))
-  text = f'{before}{_BEGIN}\n\n{_section(result)}\n\n{_END}{after}'
-  _PAGE.write_text(text, encoding='utf-8')
+  dryrun, loader = (
+    json.loads((_RESULTS / name).read_text(encoding='utf-8'))
+    for name in ('dryrun.json', 'loader_cpu.json')
+  )
+  page = _between_marks(page, 'dry-run', _section(dryrun))
+  page = _between_marks(
+    page, 'cores', cores(loader, [row for row in dryrun['rows'] if row['fits']])
+  )
+  page = _between_marks(page, 'measured', measured(_RESULTS))
+  _PAGE.write_text(page, encoding='utf-8')
   print(f'written to {_PAGE}')
 
 

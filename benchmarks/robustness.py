@@ -5,7 +5,7 @@
 PGD-10 goes through a ViT-S/16 with a linear classifier of 1000 classes; beside it stands that
 classifier's forward pass, so that an attack's cost is a number of passes. The corruptions take the
 same images. All programs are compiled and run by turns in one process, so that whatever else the
-machine does hits each alike.
+machine does hits each alike. Killed and started again, it goes on after the last round.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import parts
 import report
 
 from folk_jax import models
@@ -81,20 +82,23 @@ def main() -> None:
   device = jax.devices()[0]
   out = flags.out or (report.ROOT / 'benchmarks' / 'results' / f'robustness_{device.platform}.json')
 
+  context = report.context(device.device_kind)
+  about = {'settings': vars(flags) | {'out': str(out)}, 'commit': context['commit']}
+  found = parts.Parts(out, about | {'device': device.device_kind})
   shape = (flags.images, flags.size, flags.size, 3)
   images = np.random.default_rng(0).random(shape, dtype=np.float32)
-  milliseconds = report.measure(programs(images, flags.only), flags.rounds)
+  milliseconds = found.rounds(lambda: programs(images, flags.only), flags.rounds)
   median = {name: float(np.median(times)) for name, times in milliseconds.items()}
   forward = median['forward']
   result = {
     'what': f'PGD of ten steps on ViT-S/16 and corruptions at severity {SEVERITY}, of '
     f'{flags.images} images of {flags.size}x{flags.size}x3, float32',
-    **report.context(device.device_kind),
+    **context,
     'rounds': flags.rounds,
     'ms': {name: round(value, 2) for name, value in median.items()},
     'in_forward_passes': {name: round(value / forward, 3) for name, value in median.items()},
   }
-  report.write_json(out, result)
+  found.finish(out, result)
 
   print(f'{result["what"]}, median of {flags.rounds} runs by turns, {device.device_kind}')
   rows = [(name, value, value / forward) for name, value in median.items()]

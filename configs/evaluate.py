@@ -5,9 +5,13 @@
     --config.checkpoint=weights.safetensors --workdir=runs/weights
   python -m folk_jax.main --config=configs/evaluate.py --config.evaluations='("knn","low_shot")' \\
     --config.checkpoint=runs/mfm --workdir=runs/mfm/frozen
+  python -m folk_jax.main --config=configs/evaluate.py --config.evaluations='("finetune","robustness")' \\
+    --config.robustness.classifiers='("finetune",)' --config.robustness.folders='("sketch=DIR",)' \\
+    --config.checkpoint=runs/vit_b --workdir=runs/vit_b/robust
 
-A workdir brings its own model, image size and data; a timm file needs `model=` and the data. Started again, it goes on
-after the last evaluation that stands in results.json. Test images never choose anything.
+A workdir brings its own model, image size and data (a ResNet's needs model=resnet50 all the same, which chooses the
+recipes of its training runs); a timm file needs `model=` and the data. Started again, it goes on after the last part
+that stands in results.json. Test images never choose anything. docs/evaluation.md has every field with an example.
 """
 
 import ml_collections
@@ -29,7 +33,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     'linear',
     'finetune',
     'robustness',
-  )  # And 'restoration', of checkpoints with a reconstruction head.
+  )  # And 'low_shot_finetune'; and 'restoration', of checkpoints with a reconstruction head.
 
   # '': those of the run in the checkpoint.
   c.data.source = given.data or ('folder' if given.path else '')
@@ -39,8 +43,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.low_shot.images_a_class = (1, 2, 5, 10)
   c.low_shot.shares = (0.01, 0.1)  # Of the labels.
   c.low_shot.draws = 5
-  # C on unit vectors, by cross-validation inside the labelled images. The largest cost most: minutes a draw for
-  # thousands of labels on a CPU.
+  # C on unit vectors, by cross-validation inside the labelled images; from the smallest on, until two are worse.
   c.low_shot.regularisers = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 
   c.linear_cached = ml_collections.ConfigDict()
@@ -48,8 +51,16 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.linear_cached.folds = 3
 
   c.robustness = ml_collections.ConfigDict()
+  c.robustness.classifiers = (
+    'linear_cached',
+  )  # And 'finetune', which the papers attack: it trains.
+  c.robustness.limit = 0  # Test images, an even share of each class; 0: all.
+  # [D] PGD (arXiv 1706.06083) in five steps of half of epsilon, from a random start. On CIFAR-10 attacks of 8/255 are
+  # usual.
   c.robustness.attacks = ('fgsm', 'pgd')
   c.robustness.epsilon = 1 / 255
+  c.robustness.pgd_steps = 5
+  c.robustness.pgd_step_size = 0.5 / 255  # 0: 2.5 epsilon / steps, as Madry et al. have it.
   c.robustness.severities = (1, 2, 3, 4, 5)
   c.robustness.corruptions = (
     'gaussian_noise',
@@ -62,6 +73,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     'contrast',
     'pixelate',
   )
+  # mCE (arXiv 1903.12261) is relative to this results.json of another checkpoint; '': none.
+  c.robustness.baseline = ''
+  # Other images of the training set's classes, each 'name=DIR' of DIR/<class>/: ImageNet-A, -R, -Sketch.
+  c.robustness.folders = ()
 
   # Training runs from the checkpoint, each a whole recipe: --config.linear.total_steps=200 and the like.
   names = {'model': given.model if given.model != 'vit_l' else 'vit_b'}
@@ -70,4 +85,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.linear_validation = 0.1  # Share of the training images that chooses the head.
   c.linear = config_lib.sibling(__file__, 'linear.py', trained)
   c.finetune = config_lib.sibling(__file__, 'finetune.py', trained)
+
+  # Runs of `finetune` with few labels, one for each amount and draw: not in `evaluations` by default.
+  c.low_shot_finetune = ml_collections.ConfigDict()
+  c.low_shot_finetune.images_a_class = (1, 10)
+  c.low_shot_finetune.shares = (0.01, 0.1)
+  c.low_shot_finetune.draws = 3
+  c.low_shot_finetune.total_steps = (
+    c.finetune.total_steps or 1000
+  )  # An epoch of ten images is no measure.
+  c.low_shot_finetune.batch_size = min(c.finetune.batch_size, 256)
   return c

@@ -4,10 +4,12 @@ Shape letters: N, M images of a data set, B of a batch, H, W pixels, C channels,
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +18,51 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from folk_jax import config as config_lib
 from folk_jax import data, models
 from folk_jax.errors import UserError
 from folk_jax.evals import cache, features, fewshot, logistic
 from folk_jax.signal.augment import normalise
-from folk_jax.train import initial, sharding
-from folk_jax.train.run import data_settings, make_backbone
+from folk_jax.train import initial, loop, sharding
+from folk_jax.train.run import data_settings, make_backbone, make_run
+
+
+class Classifier(NamedTuple):
+  """A network that names classes, and the settings of the images that it takes."""
+
+  logits: Callable[[Any, jax.Array], jax.Array]  # (params, images [B, H, W, 3] in [0, 1]) -> [B, K]
+  params: Any
+  settings: data.DataSettings
 
 
 def adopt_run(config: ml_collections.ConfigDict) -> None:
-  """Takes model, image size and, unless `config.data.source` is set, the data from the run in `config.checkpoint`."""
-  file = epath.Path(config.checkpoint).expanduser() / 'config.json'
-  if not file.exists():
+  """Takes model, image size and, unless `config.data.source` is set, the data from the run in `config.checkpoint`.
+
+  Of all its images, though the run may have trained on a few labels.
+
+  Raises:
+    UserError: a checkpoint that says nothing of the data, or of another kind of model than the recipe.
+  """
+  path = epath.Path(config.checkpoint).expanduser()
+  if not path.is_dir():
     if not config.data.source:
       raise UserError(
         f'{config.checkpoint} is not a workdir, so nothing says which data to judge it on: give data=SOURCE, or '
         'path=DIR, in the recipe argument.'
       )
     return
-  run = json.loads(file.read_text())
+  workdir, _ = initial.find_run(path)
+  run = json.loads((workdir / 'config.json').read_text())
+  if run['model']['name'] != config.model.name:
+    arg = 'model=resnet50' if run['model']['name'] == 'resnet' else 'model=vit_b'
+    raise UserError(
+      f'{workdir} is of a {run["model"]["name"]} and the recipe trains a {config.model.name}: give {arg} in the recipe '
+      'argument (its size comes from the run).'
+    )
   given = config.data.to_dict()
   # Fields that are newer than the run keep the recipe's values.
-  own = given if given['source'] else given | run['data'] | {'limit': given['limit']}
+  kept = {name: given[name] for name in ('limit', *_OF_LABELS)}
+  own = given if given['source'] else given | run['data'] | kept
   for part in (config, config.linear, config.finetune):
     with part.unlocked():
       part.model = ml_collections.ConfigDict(run['model'])
@@ -49,6 +74,10 @@ def adopt_run(config: ml_collections.ConfigDict) -> None:
   probe.features = tuple(
     name for name in probe.features if features.FEATURES[name].last_blocks <= blocks
   )
+
+
+# Which images a run trained on for want of labels says nothing of the data that it is judged on.
+_OF_LABELS = ('images_a_class', 'label_share', 'label_seed')
 
 
 class Suite:
@@ -90,15 +119,29 @@ class Suite:
       )
     return len(names)
 
-  def batches(self, split: str) -> data.Batches:
-    """Centre views of a split, once."""
+  def batches(
+    self, source: data.Source | str, settings: data.DataSettings | None = None
+  ) -> data.Batches:
+    """Centre views of a source, or of a split's, once."""
+    settings = settings or self.settings
     size = -(-self.config.evaluation.batch_size // self.mesh.size) * self.mesh.size
     return data.eval_batches(
-      data.make_source(self.settings, split),
-      self.settings,
+      data.make_source(settings, source) if isinstance(source, str) else source,
+      settings,
       batch_size=size,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+    )
+
+  def bar(self, what: str, images: int, done: int = 0) -> tqdm.tqdm:
+    """A progress bar over images; on the first process, where progress is wanted."""
+    return tqdm.tqdm(
+      desc=what,
+      total=images,
+      initial=done,
+      unit='image',
+      disable=not self.config.logging.progress or bool(jax.process_index()),
+      mininterval=0.2 if sys.stderr.isatty() else 10.0,  # A log needs no hundred lines.
     )
 
   def put(self, rows: np.ndarray) -> jax.Array:
@@ -140,18 +183,26 @@ class Suite:
     def apply(params, image_BHWC):
       return {'feature': self.feature(params, image_BHWC.astype(jnp.float32) / 255.0)}
 
-    shown = self.config.logging.progress and not jax.process_index()
     with (
       contextlib.closing(self.batches(split)) as batches,
-      tqdm.tqdm(
-        desc=f'features, {split}',
-        total=images,
-        unit='image',
-        disable=not shown,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,  # A log needs no hundred lines.
-      ) as bar,
+      self.bar(f'features, {split}', images) as bar,
     ):
       return features.extract(apply, self.network, batches, put=self.put, progress=bar.update)
+
+  def train(
+    self, recipe: str, changes: Mapping[str, Any], place: str = ''
+  ) -> tuple[ml_collections.ConfigDict, str]:
+    """Trains `config.<recipe>` with `changes` from the checkpoint, in a workdir below ours; resumed where it stands.
+
+    `place` is that workdir's name, the recipe's by default. Returns the configuration that ran, and the workdir.
+    """
+    config = self.config[recipe].copy_and_resolve_references()
+    weights = {'init_from': self.config.checkpoint, 'init_which': self.config.evaluation.which}
+    config.update_from_flattened_dict(weights | dict(changes))
+    config_lib.validate(config)
+    workdir = str(epath.Path(self.workdir).expanduser() / (place or recipe))
+    loop.pretrain(config, workdir)
+    return config, workdir
 
   @functools.cached_property
   def linear_classifier(self) -> tuple[logistic.Classifier, float]:
@@ -163,12 +214,88 @@ class Suite:
     accuracy, likelihood, _ = logistic.cross_validate(
       unit_ND, label_N, fold_N, settings.regularisers, classes=self.classes
     )
-    best = max(range(len(accuracy)), key=lambda i: (accuracy[i], likelihood[i]))
-    c = settings.regularisers[best]
+    c = logistic.best(settings.regularisers, accuracy, likelihood)
     fitted = logistic.fit(unit_ND, label_N, [c], classes=self.classes)
     return fitted, c
+
+
+def stratified(source: data.Source, limit: int) -> data.Source:
+  """`limit` of the images at most, each class in proportion and evenly spread over its images; 0 takes all."""
+  size = len(source)
+  if not limit or limit >= size:
+    return source
+  by_class_N = np.argsort(source.labels(np.arange(size)), kind='stable')
+  place = np.int64((np.arange(limit) + 0.5) * size / limit)
+  return data.Subset(source, np.sort(by_class_N[place]))
+
+
+def class_folder(settings: data.DataSettings, path: str, what: str) -> data.Source:
+  """The images of DIR/<class>/..., labelled by their places among its classes in sorted order.
+
+  Args:
+    settings: image size and decoding.
+    path: DIR.
+    what: what to call it in an error.
+
+  Raises:
+    UserError: no such folder, or one without class folders.
+  """
+  folder = epath.Path(path).expanduser()
+  if not folder.is_dir():
+    raise UserError(f"{what}: there is no folder '{path}'; give one of class folders.")
+  plain = {'source': 'folder', 'name': '', 'path': str(folder), 'train_split': '.', 'limit': 0}
+  none = {'validation': 0.0, 'images_a_class': 0, 'label_share': 0.0}
+  source = data.make_source(dataclasses.replace(settings, **plain, **none), 'train')
+  if not source.class_names:
+    raise UserError(
+      f"{what}: '{path}' has images and no class folders; expected {path}/<class>/<image>."
+    )
+  return source
 
 
 def unit_length(feature_ND: np.ndarray) -> np.ndarray:
   """Features of length 1; those of length 0 stay."""
   return feature_ND / np.maximum(np.linalg.norm(feature_ND, axis=1, keepdims=True), 1e-12)
+
+
+def _linear_classifier(suite: Suite) -> Classifier:
+  """That of `linear_cached`: logistic regression on frozen features of length 1."""
+  fitted, _ = suite.linear_classifier
+  only = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0, 0], fitted)
+
+  def logits(params, image_BHWC):
+    network, classifier = params
+    feature_BD = suite.feature(network, image_BHWC)
+    norm_B1 = jnp.linalg.norm(feature_BD, axis=1, keepdims=True)
+    return logistic.logits(classifier, feature_BD / jnp.maximum(norm_B1, 1e-12))
+
+  return Classifier(logits, (suite.network, only), suite.settings)
+
+
+def _finetuned(suite: Suite) -> Classifier:
+  """The network of the evaluation `finetune`, which is run first unless it has been."""
+  config, workdir = suite.train('finetune', {})
+  settings = data_settings(config)
+  source = data.make_source(settings, 'train')
+  objective = make_run(config, len(source), len(source.class_names)).objective
+  shapes, _ = jax.eval_shape(lambda key: objective.init(key, None), jax.random.key(0))
+  loaded = initial.load(
+    str(epath.Path(workdir) / initial.BEST) if config.checkpoint.best else workdir,
+    {name: shapes[name] for name in ('backbone', 'head')},
+    image_size=config.image_size,
+    patch=objective.parts.patch,
+  )
+  statistics = loaded.pop('batch_stats', {})
+
+  def logits(params, image_BHWC):
+    image_BHWC = normalise(image_BHWC, objective.parts.mean, objective.parts.std)
+    return objective.logits(*params, image_BHWC)
+
+  params = jax.device_put((loaded, statistics), sharding.replicated(suite.mesh))
+  return Classifier(logits, params, settings)
+
+
+CLASSIFIERS: dict[str, Callable[[Suite], Classifier]] = {
+  'linear_cached': _linear_classifier,
+  'finetune': _finetuned,
+}

@@ -32,7 +32,8 @@ class DrawResult:
   Attributes:
     labelled_M: int64, rows of the training set, rising.
     regulariser: the C that was used.
-    cross_validated: accuracy of each candidate C in cross-validation, float32 [candidates]; None where C is fixed.
+    cross_validated: accuracy of each candidate C in cross-validation, float32 [candidates], NaN for those larger ones
+      that it left out (`logistic.cross_validate`); None where C is fixed.
     prediction_Q: int32, a class for each test image.
     converged: whether every fit reached its tolerance.
   """
@@ -229,12 +230,12 @@ def fit_draw(
   fold_M = assign_folds(label_M, folds, fold_seed)
   regulariser, accuracy, converged = fixed_regulariser, None, True
   if fold_M.max() >= 1:
-    candidates = sorted(regularisers)  # Strong penalties first: of equals the first is taken.
+    candidates = sorted(regularisers)
     accuracy, likelihood, fine = logistic.cross_validate(
       feature_MD, label_M, fold_M, candidates, classes=classes
     )
-    best = max(range(len(candidates)), key=lambda i: (accuracy[i], likelihood[i], -i))
-    regulariser, converged = float(candidates[best]), bool(fine.all())
+    regulariser = logistic.best(candidates, accuracy, likelihood)
+    converged = bool(fine.all())
     # In the caller's order.
     accuracy = np.array([accuracy[candidates.index(value)] for value in regularisers])
   fitted = logistic.fit(feature_MD, label_M, [regulariser], classes=classes)

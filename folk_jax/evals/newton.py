@@ -60,17 +60,20 @@ def fit_one(
   *,
   classes: int,
   tolerance: float = TOLERANCE,
+  start: tuple[jax.Array, jax.Array] | None = None,
 ) -> Classifier:
   """The minimiser for one set of weights and one C. Pure and jittable; see `fit` for many at once.
 
   Args:
-    feature_ND: float32; of a scale near 1, as 'unit' or 'standardise' of `evals.fewshot` make it, for the fewest steps.
+    feature_ND: float32; of a scale near 1, as 'unit' or 'standardise' of `evals.fewshot` make it, and along principal
+      axes, as `logistic.principal` turns them, for the fewest steps.
     label_N: int32 in [0, classes).
     weight_N: float32, not negative, not all 0.
     c: inverse strength of the penalty, positive.
     classes: K, static.
     tolerance: of `Classifier.gap`. It means the same at any scale of features, images and C, and where the classes can
       be separated, so that the gradient vanishes with the loss.
+    start: kernel [D, K] and bias [K], finite, to descend from; zeros by default.
 
   Returns:
     The classifier; `converged` is False where `NEWTON_STEPS` did not do or float32 allowed no further descent.
@@ -151,7 +154,8 @@ def fit_one(
       stuck,
     )
 
-  state = _State(*zero, jnp.int32(0), jnp.float32(jnp.inf), jnp.bool_(False))
+  kernel_DK, bias_K = zero if start is None else _centred(start, seen_K)
+  state = _State(kernel_DK, bias_K, jnp.int32(0), jnp.float32(jnp.inf), jnp.bool_(False))
   state = jax.lax.while_loop(going, step, state)
   return Classifier(
     state.kernel_DK,

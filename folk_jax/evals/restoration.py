@@ -15,8 +15,9 @@ import numpy as np
 from folk_jax.errors import UserError
 from folk_jax.objectives.base import sample_keys
 from folk_jax.objectives.views import to_float
-from folk_jax.signal import fourier, quality
+from folk_jax.signal import degrade, fourier, quality
 from folk_jax.signal.augment import normalise
+from folk_jax.signal.filters import Filter
 from folk_jax.signal.shard import over_batch
 
 # (images [B, H, W, C] in [0, 1], keys [B]) -> (corrupted images, and which coefficients of the half-spectrum the head
@@ -163,3 +164,28 @@ def _denormalised(
   image_BHWC: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> jax.Array:
   return image_BHWC * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
+
+
+def tasks(side: int) -> dict[str, Corruption]:
+  """What a head is asked to undo, for images of `side` pixels: at 32 milder, as in configs/restoration.py."""
+  small = side <= 32
+  sizes, sigma = ((3, 5), 1.0) if small else (degrade.BLUR_SIZES, degrade.BLUR_SIGMA)
+  factor = 4 if small else degrade.FACTOR
+  portions = (0.1,) if small else (0.01,)
+
+  def of_filter(name: str) -> Corruption:
+    chosen = Filter(name, portions, 0.5, 'shared', 16.0, clamp=False)
+
+    def corrupt(image_BHWC, keys_B):
+      filtered_BHWC, kept_BHFC = chosen(image_BHWC, keys_B)
+      return filtered_BHWC, ~kept_BHFC
+
+    return corrupt
+
+  return {name: of_filter(name) for name in ('com', 'rcom', 'low_pass', 'high_pass')} | {
+    'super_resolution': of_images(
+      lambda image_BHWC, keys_B: degrade.super_resolve_input(image_BHWC, factor)
+    ),
+    'deblur': of_images(lambda image_BHWC, keys_B: degrade.blur(image_BHWC, keys_B, sizes, sigma)),
+    'denoise': of_images(degrade.add_noise),
+  }

@@ -142,9 +142,6 @@ def pgd(epsilon: float = EPSILON, steps: int = 10, step_size: float | None = Non
   return Attack(epsilon, steps, step_size or min(1.0, 2.5 * epsilon / steps), random_start=True)
 
 
-ATTACKS: Mapping[str, Callable[..., Attack]] = types.MappingProxyType({'fgsm': fgsm, 'pgd': pgd})
-
-
 @dataclasses.dataclass(frozen=True)
 class Corrupt:
   """A corruption of `signal.corruptions` as a perturbation; it doesn't look at the classifier.
@@ -187,6 +184,7 @@ def accuracy_under(
   rng: jax.Array,
   subset_S: np.ndarray | None = None,
   put: Callable[[np.ndarray], jax.Array] | None = None,
+  progress: Callable[[int], None] | None = None,
 ) -> Accuracy:
   """Accuracy on perturbed images, all of it on the devices.
 
@@ -201,6 +199,7 @@ def accuracy_under(
     rng: typed key; an image's draws depend on it and on its `index` alone.
     subset_S: `class_subset` of the folder's classes, whose labels are then places in it.
     put: moves a host array with a leading batch axis to the devices; by default `jnp.asarray`.
+    progress: called with the number of valid rows each time a batch is done.
 
   Returns:
     `Accuracy`.
@@ -209,15 +208,22 @@ def accuracy_under(
     UserError: no image is valid, or a label lies outside the classes.
   """
   put = put or jnp.asarray
-  # Totals stay on the devices, so that no batch waits for the one before.
-  totals = None
+  # Totals stay on the devices, and one batch is in flight while the next is made ready.
+  totals, pending = None, 0
   for batch in batches:
     view_BVHWC, label_B, index_B, valid_B = (
       put(batch[name]) for name in ('views', 'label', 'index', 'valid')
     )
     image_BHWC = _perturbed(perturb, logits_fn, params, view_BVHWC, label_B, index_B, rng, subset_S)
     sums = _batch_sums(logits_fn, params, image_BHWC, label_B, valid_B, subset_S)
-    totals = sums if totals is None else _added(totals, sums)
+    before, totals = totals, sums if totals is None else _added(totals, sums)
+    jax.block_until_ready(before)
+    if progress and pending:
+      progress(pending)
+    pending = int(np.sum(batch['valid']))
+  if progress:
+    jax.block_until_ready(totals)
+    progress(pending)
   if totals is None:
     raise UserError('no batch to measure accuracy on: the data set is empty')
   top5, strays, calibration_sums = jax.device_get(totals)

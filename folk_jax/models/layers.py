@@ -106,28 +106,16 @@ class LayerScale(nn.Module):
 
 
 class PackedProjection(nn.Module):
-  """Queries, keys and values of all heads, from one packed kernel [D, 3D] and bias [3D]."""
+  """Queries, keys and values of all heads as one product, kernel [D, 3D]; the bias [3D] is not added yet."""
 
-  heads: int
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, tokens_BTD: jax.Array, order: str = '') -> list[jax.Array]:
-    """The three apart, 'bthe' or 'bhte'; or, by default, the product [B, T, 3D] and the bias [3D]."""
+  def __call__(self, tokens_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     width = tokens_BTD.shape[-1]
     kernel = self.param('kernel', normal, (width, 3 * width)).astype(self.dtype)
     bias = self.param('bias', nn.initializers.zeros, (3 * width,)).astype(self.dtype)
-    if not order:
-      return [in_place(tokens_BTD @ kernel), bias]
-    kernel_D3HE = kernel.reshape(width, 3, self.heads, -1)
-    bias_3HE = bias.reshape(3, self.heads, -1)
-    aligned = {'bthe': lambda x: x, 'bhte': lambda x: x[:, None]}[order]
-    # The kernel is cut, not the activations: the products come out in the order that attention needs.
-    return [
-      in_place(jnp.einsum(f'btd,dhe->{order}', tokens_BTD, kernel_D3HE[:, i]))
-      + aligned(bias_3HE[i])
-      for i in range(3)
-    ]
+    return in_place(tokens_BTD @ kernel), bias
 
 
 class Attention(nn.Module):
@@ -140,39 +128,42 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, tokens_BTD: jax.Array) -> jax.Array:
     width = tokens_BTD.shape[-1]
-    packed = PackedProjection(self.heads, self.dtype, name='qkv')
-    mixed_BTD = in_place(ATTENTION[self.implementation](packed, in_place(tokens_BTD)))
+    product_BT3D, bias_3D = PackedProjection(self.dtype, name='qkv')(in_place(tokens_BTD))
+    mixed_BTD = in_place(ATTENTION[self.implementation](product_BT3D, bias_3D, self.heads))
     return in_place(nn.Dense(width, dtype=self.dtype, kernel_init=normal, name='proj')(mixed_BTD))
 
 
-def _attention_by_xla(packed: PackedProjection, tokens_BTD: jax.Array) -> jax.Array:
+def _attention_by_xla(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.Array:
   # Heads in front of tokens before both products: left to XLA, the same reordering happens around
-  # each product of both passes (a tenth of the whole step on a CPU).
-  return _mixed(*packed(tokens_BTD, 'bhte'))
+  # each product of both passes (a tenth of the whole step on a CPU). As one product [T, 3D] and not
+  # as three that end in that order: those take a CPU longer.
+  qkv_BT3HE = _by_head(product_BT3D + bias_3D, heads)
+  return _mixed(*qkv_BT3HE.transpose(2, 0, 3, 1, 4))
 
 
-def _attention_by_cudnn(packed: PackedProjection, tokens_BTD: jax.Array) -> jax.Array:
-  mixed_BTHE = jax.nn.dot_product_attention(*packed(tokens_BTD, 'bthe'), implementation='cudnn')
-  return mixed_BTHE.reshape(tokens_BTD.shape)
+def _attention_by_cudnn(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.Array:
+  qkv_BT3HE = _by_head(product_BT3D + bias_3D, heads)
+  query, key, value = (qkv_BT3HE[:, :, i] for i in range(3))
+  mixed_BTHE = jax.nn.dot_product_attention(query, key, value, implementation='cudnn')
+  return mixed_BTHE.reshape(*product_BT3D.shape[:2], -1)
 
 
-def _attention_by_pallas(packed: PackedProjection, tokens_BTD: jax.Array) -> jax.Array:
-  heads = packed.heads
-
-  def by_kernel(product_BT3D, bias_3D):
-    return fused_attention(product_BT3D, bias_3D, heads)
-
-  def by_xla(product_BT3D, bias_3D):
-    batch, tokens, _ = product_BT3D.shape
-    qkv_BT3HE = (product_BT3D + bias_3D).reshape(batch, tokens, 3, heads, -1)
-    return _mixed(*qkv_BT3HE.transpose(2, 0, 3, 1, 4))
-
+def _attention_by_pallas(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.Array:
   def by_image(product_BT3D, bias_3D):
     bias_3D = one_a_device(bias_3D, product_BT3D)
-    return jax.lax.platform_dependent(product_BT3D, bias_3D, tpu=by_kernel, default=by_xla)
+    return jax.lax.platform_dependent(
+      product_BT3D,
+      bias_3D,
+      tpu=lambda product_BT3D, bias_3D: fused_attention(product_BT3D, bias_3D, heads),
+      default=lambda product_BT3D, bias_3D: _attention_by_xla(product_BT3D, bias_3D, heads),
+    )
 
-  product_BT3D, bias_3D = packed(tokens_BTD)
   return over_batch(by_image, product_BT3D, replicated=(bias_3D,))
+
+
+def _by_head(qkv_BT3D: jax.Array, heads: int) -> jax.Array:
+  batch, tokens, packed = qkv_BT3D.shape
+  return qkv_BT3D.reshape(batch, tokens, 3, heads, packed // (3 * heads))
 
 
 def _mixed(query_BHTE: jax.Array, key_BHSE: jax.Array, value_BHSE: jax.Array) -> jax.Array:

@@ -146,3 +146,25 @@ def test_mistakes_are_refused_in_words():
     run(unchanged, None, restore.of_images(shift), batches(valid=np.zeros(7, bool)))
   with pytest.raises(UserError, match='8 x 8: use larger images'):
     run(unchanged, None, restore.of_images(shift), batches(smooth(4, 8)))
+
+
+@pytest.mark.parametrize('side', [32, 64])
+def test_tasks_change_every_image_and_say_what_is_to_be_rebuilt(side):
+  tasks = restore.tasks(side)
+  assert list(tasks)[:4] == ['com', 'rcom', 'low_pass', 'high_pass']
+  assert set(list(tasks)[4:]) == {'super_resolution', 'deblur', 'denoise'}
+  image_BHWC = np.float32(smooth(2, side)) / 255
+  keys_B = jax.random.split(RNG, 2)
+  for name, corrupt in tasks.items():
+    changed_BHWC, rebuilt_BHFC = corrupt(image_BHWC, keys_B)
+    assert changed_BHWC.shape == image_BHWC.shape, name
+    assert np.abs(changed_BHWC - image_BHWC).max(axis=(1, 2, 3)).min() > 1e-3, name
+    assert (rebuilt_BHFC is None) == (name in ('super_resolution', 'deblur', 'denoise'))
+  # Com keeps a tenth of the coefficients at 32 pixels, and a hundredth above; the rest is to be rebuilt.
+  share = 0.1 if side == 32 else 0.01
+  rebuilt_BHFC = tasks['com'](image_BHWC, keys_B)[1]
+  # Of the half-spectrum, whose inner columns stand for two coefficients each.
+  weights_F = np.full(side // 2 + 1, 2.0)
+  weights_F[[0, -1]] = 1
+  found = np.sum(np.asarray(rebuilt_BHFC)[..., 0] * weights_F, axis=(1, 2)) / side**2
+  np.testing.assert_allclose(found, 1 - share, atol=2.5 / side**2)

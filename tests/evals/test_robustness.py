@@ -9,7 +9,7 @@ import pytest
 
 from folk_jax.errors import UserError
 from folk_jax.evals import robustness
-from folk_jax.evals.robustness import ATTACKS, EPSILON, Attack, Corrupt, fgsm, pgd
+from folk_jax.evals.robustness import EPSILON, Attack, Corrupt, fgsm, pgd
 
 SIDE, CLASSES = 8, 6
 FEATURES = SIDE * SIDE * 3
@@ -113,7 +113,6 @@ def test_random_starts_are_the_images_own():
 def test_defaults_and_bad_settings():
   assert fgsm() == Attack(EPSILON, 1, EPSILON, False)
   assert pgd() == Attack(1 / 255, 10, 2.5 / 255 / 10, True)
-  assert dict(ATTACKS) == {'fgsm': fgsm, 'pgd': pgd}
   for make in (lambda: fgsm(0.0), lambda: fgsm(8), lambda: pgd(0.1, 3, -1.0)):
     with pytest.raises(UserError, match=r'images lie in \[0, 1\], choose it above 0'):
       make()
@@ -170,6 +169,21 @@ def test_accuracy_counts_valid_rows_alone():
     robustness.accuracy_under(None, apply, WEIGHT, batches(image, label, 8), rng=RNG)
   with pytest.raises(UserError, match='data set is empty'):
     robustness.accuracy_under(None, apply, WEIGHT, [], rng=RNG)
+
+
+def test_progress_counts_valid_rows_batch_by_batch():
+  image, logits = counted()
+  valid, rows = np.arange(21) % 3 > 0, []
+  robustness.accuracy_under(
+    None,
+    apply,
+    WEIGHT,
+    batches(image, logits.argmax(1), 8, valid),
+    rng=RNG,
+    progress=rows.append,
+  )
+  # Of rows 0 to 20 every third is left out, from the first on; three batches of eight.
+  assert rows == [5, 5, 4]
 
 
 def test_an_attack_flips_exactly_those_within_reach():
