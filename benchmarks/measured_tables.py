@@ -20,6 +20,7 @@ def measured(folder: pathlib.Path) -> str:
   kinds = (
     ('### Beside PyTorch', 'peer_*.json', _peer, _PEER, _PEER_NOTE),
     ('### The step alone', 'step_*.json', _step, _STEP, _STEP_NOTE),
+    ('### One to eight devices', 'scaling_*.json', _scaling, _SCALING, _SCALING_NOTE),
     ('### Self-attention', 'attention_*.json', _attention, _ATTENTION, ''),
   )
   parts = []
@@ -114,6 +115,23 @@ def _step(result: Mapping[str, Any]) -> Iterator[list[Any]]:
       f'{row["mfu"]:.1%}',
       f'{row["peak_tflops"]:.2f}',
       f'{row["peak_memory_gib"] or row["temporaries_gib"]:.2f}',
+    ]
+
+
+_SCALING = ['step', 'devices', 'images/s', 'efficiency', 'GFLOP a device', 'against the first']
+_SCALING_NOTE = 'Devices simulated on a CPU share its cores, so that no speed stands there.'
+
+
+def _scaling(result: Mapping[str, Any]) -> Iterator[list[Any]]:
+  for row in result['rows']:
+    speed, efficiency = row['images_per_second'], row['efficiency']
+    yield [
+      result['what'].removeprefix('one train step of '),
+      row['devices'],
+      f'{speed:,.1f}' if speed else '-',
+      f'{efficiency:.1%}' if efficiency else '-',
+      f'{row["gflop_a_device"]:.3f}',
+      f'{row["products_over_first"]:.4f}',
     ]
 
 
