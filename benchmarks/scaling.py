@@ -1,7 +1,7 @@
 """Times a recipe's train step on 1, 2, 4 and 8 devices of this machine at a constant batch a device.
 
-  python benchmarks/scaling.py --config=configs/vit_s.py --batch=64                # on a machine with several GPUs
-  python benchmarks/scaling.py --config=configs/vit_s.py:smoke --batch=8           # on a CPU
+  python benchmarks/scaling.py --platform=gpu --config=configs/vit_s.py --batch=64       # several GPUs
+  python benchmarks/scaling.py                                                           # a CPU
 
 Each number of devices runs in a process of its own. On GPUs `CUDA_VISIBLE_DEVICES` chooses them. On a CPU they are
 simulated and share its cores: speed means nothing there, and is left out; what is kept is each device's products in the

@@ -9,7 +9,7 @@ Shape letters: Q test images, D features, S classes of a folder.
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,15 @@ from folk_jax.errors import UserError
 from folk_jax.evals import battery, fewshot, knn, logistic, restoration, robustness
 from folk_jax.evals.results import Results, Scores, read, table
 from folk_jax.objectives import linear_probe
-from folk_jax.suite import CLASSIFIERS, Suite, adopt_run, class_folder, stratified, unit_length
+from folk_jax.suite import (
+  CLASSIFIERS,
+  OF_A_MACHINE,
+  Suite,
+  adopt_run,
+  class_folder,
+  stratified,
+  unit_length,
+)
 from folk_jax.train import initial, loop, sharding
 
 
@@ -44,6 +52,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
   for name in config.evaluations:
     CHECKS.get(name, lambda config: None)(config)
   adopt_run(config)
+  if {'finetune', 'low_shot_finetune'}.intersection(config.evaluations):
+    config_lib.validate(config.finetune)
+  loop.set_compilation_cache(config.compilation_cache)
   results = Results(epath.Path(workdir).expanduser() / 'results.json', _about(config))
   mesh = sharding.make_mesh(config.mesh.fsdp)
   with jax.set_mesh(mesh):
@@ -61,8 +72,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def _about(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What results are of: in words, and as a digest of every setting but those of what is chosen and shown."""
-  kept = json.loads(config_lib.to_json(config))
-  kept = {name: value for name, value in kept.items() if name not in ('evaluations', 'logging')}
+  kept = _without(json.loads(config_lib.to_json(config)), ('evaluations', 'logging', *OF_A_MACHINE))
   return {
     'checkpoint': config.checkpoint,
     'which': config.evaluation.which,
@@ -70,6 +80,13 @@ def _about(config: ml_collections.ConfigDict) -> dict[str, Any]:
     'data': {key: kept['data'][key] for key in ('source', 'name', 'path', 'limit')},
     'settings': hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16],
   }
+
+
+def _without(tree: Any, names: Sequence[str]) -> Any:
+  """A tree of dicts without these keys, at any depth."""
+  if not isinstance(tree, dict):
+    return tree
+  return {name: _without(value, names) for name, value in tree.items() if name not in names}
 
 
 def _knn(suite: Suite, results: Results) -> Scores:
@@ -158,6 +175,7 @@ def _low_shot_finetune(suite: Suite, results: Results) -> Scores:
     changes |= {'data.label_seed': seed, 'seed': seed, 'eval_every': 0}
     changes |= {'epochs': 0, 'total_steps': settings.total_steps}
     changes |= {'batch_size': settings.batch_size, 'checkpoint.keep': 1, 'checkpoint.best': ''}
+    changes |= {'evaluation.split': 'test'}  # The recipe's may be what the best was chosen on.
     config, workdir = suite.train('finetune', changes, place)
     return {'top1': loop.judged(config, workdir)['eval/top1']}
 

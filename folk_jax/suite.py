@@ -67,7 +67,8 @@ def adopt_run(config: ml_collections.ConfigDict) -> None:
     with part.unlocked():
       part.model = ml_collections.ConfigDict(run['model'])
       part.image_size = run['image_size']
-      part.data = ml_collections.ConfigDict(own)
+      # What a training run holds out to choose by is its own affair.
+      part.data = ml_collections.ConfigDict(own | {'validation': part.data.validation})
   # The sweep's recipe names features of deeper models too: those that this one can't give are left out.
   blocks = run['model']['depth'] if run['model']['name'] == 'vit' else 0
   probe = config.linear.objective
@@ -76,6 +77,8 @@ def adopt_run(config: ml_collections.ConfigDict) -> None:
   )
 
 
+# Fields that say how a machine reads the data, and nothing of a result.
+OF_A_MACHINE = ('workers', 'threads', 'prefetch', 'max_bad_share', 'compilation_cache')
 # Which images a run trained on for want of labels says nothing of the data that it is judged on.
 _OF_LABELS = ('images_a_class', 'label_share', 'label_seed')
 
@@ -103,6 +106,7 @@ class Suite:
       image_size=config.image_size,
       patch=self.backbone.stride,
       which=config.evaluation.which,
+      heads=getattr(self.backbone, 'heads', None),
     )
     placed = jax.device_put(
       (loaded['backbone'], loaded.get('batch_stats', {})), sharding.replicated(mesh)
@@ -166,7 +170,7 @@ class Suite:
         'split': split,
         'images': len(source),
         'classes': list(source.class_names),
-        'data': json.loads(json.dumps(self.config.data.to_dict())),
+        'data': self._data_key(),
         'image_size': self.config.image_size,
         'model': self.config.model.to_dict(),
         'feature': self.config.evaluation.feature,
@@ -178,6 +182,12 @@ class Suite:
       )
       found += [by_name['feature'], label_N]
     return tuple(found)
+
+  def _data_key(self) -> dict[str, Any]:
+    """What says which images features are of. Where hosts may each have them elsewhere, not their path."""
+    left_out = {*OF_A_MACHINE, *(('path',) if jax.process_count() > 1 else ())}
+    kept = {k: v for k, v in self.config.data.to_dict().items() if k not in left_out}
+    return json.loads(json.dumps(kept))
 
   def _extract(self, split: str, images: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     def apply(params, image_BHWC):

@@ -62,6 +62,13 @@ def test_a_run_on_few_labels_is_judged_on_all_images(tmp_path):
   assert config.finetune.data.images_a_class == 0 and config.data.validation == 0
 
 
+def test_what_fine_tuning_chooses_by_is_its_own_affair(tmp_path):
+  _, config = run_of(tmp_path, 'vit_b.py')
+  config.finetune.data.validation = 0.2
+  adopt_run(config)
+  assert config.finetune.data.validation == 0.2 and config.data.validation == 0
+
+
 def test_the_best_step_of_a_run_is_of_the_run(tmp_path):
   run, config = run_of(tmp_path, 'vit_b.py')
   (tmp_path / 'best').mkdir()

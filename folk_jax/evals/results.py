@@ -42,7 +42,8 @@ class Results:
     if not self.file.exists():
       return
     found = read(self.file)
-    if found['settings'] != about['settings']:
+    # Only where it writes: hosts may have the same data in other places.
+    if found['settings'] != about['settings'] and not jax.process_index():
       raise UserError(
         f'{self.file} is of {found["checkpoint"]} with other settings: give another --workdir, or remove it.'
       )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from folk_jax.models.fused_attention import fused_attention
-from folk_jax.signal.shard import in_place, one_a_device, over_batch
+from folk_jax.signal.shard import in_place, is_even, one_a_device, over_batch
 
 # timm's and DINO's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations out: this is it.
 normal = nn.initializers.normal(stddev=0.02)
@@ -149,6 +149,9 @@ def _attention_by_cudnn(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int)
 
 
 def _attention_by_pallas(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.Array:
+  if not is_even(product_BT3D.shape[0]):  # The one image that parameters are initialised with.
+    return _attention_by_xla(product_BT3D, bias_3D, heads)
+
   def by_image(product_BT3D, bias_3D):
     bias_3D = one_a_device(bias_3D, product_BT3D)
     return jax.lax.platform_dependent(

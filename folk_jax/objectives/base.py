@@ -39,7 +39,8 @@ class Objective(Protocol):
   """A pre-training (or fine-tuning) method.
 
   `params` is a dict of parameter trees with the key `backbone` and one key a head. `teacher` holds the trees named by
-  `teacher_parts` (an EMA of the student's), or None where the run keeps no teacher.
+  `teacher_parts` (an EMA of the student's), or None where the run keeps no teacher. One that trains on labels also says
+  `needs_labels: ClassVar[bool] = True`: images without one are then refused by name.
   """
 
   backbones: ClassVar[tuple[str, ...]]  # Names of the backbones that it can train.

@@ -53,6 +53,11 @@ def over_batch(fn: Callable[..., Any], *args: Any, replicated: tuple[Any, ...] =
   )(*args, *replicated)
 
 
+def is_even(batch: int) -> bool:
+  """Whether the devices over which a batch is spread here can share so many images evenly."""
+  return batch % _batch_axes()[1] == 0
+
+
 def in_place(rows: jax.Array) -> jax.Array:
   """The same array, whose images stay on their devices, and those of its gradient.
 

@@ -55,7 +55,8 @@ def _using(workdir: epath.Path) -> Iterator[None]:
     ) from error
 
 
-def _set_compilation_cache(path: str) -> None:
+def set_compilation_cache(path: str) -> None:
+  """Compiled programs are read from there, and kept there; '' for no such folder."""
   if path:
     jax.config.update('jax_compilation_cache_dir', str(epath.Path(path).expanduser()))
 
@@ -125,7 +126,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
   config_lib.check_layout(
     config.batch_size, config.accumulate, jax.device_count(), config.mesh.fsdp
   )
-  _set_compilation_cache(config.compilation_cache)
+  set_compilation_cache(config.compilation_cache)
   _check_workdir(config, epath.Path(workdir).expanduser())
   settings = data_settings(config)
   source = data.make_source(settings, 'train')
@@ -148,7 +149,9 @@ def _check_kernel(run: Run) -> None:
   backbone = run.objective.parts.backbone
   if getattr(backbone, 'attention', '') == 'pallas' and jax.default_backend() == 'tpu':
     tokens = 1 + backbone.grid[0] * backbone.grid[1]
-    fused_attention.self_check(backbone.width, backbone.heads, tokens, backbone.dtype)
+    # On one device, whatever mesh an evaluation has set: XLA can't cut a kernel.
+    with jax.set_mesh(sharding.make_mesh(1, jax.local_devices()[:1])):
+      fused_attention.self_check(backbone.width, backbone.heads, tokens, backbone.dtype)
 
 
 def judged(config: ml_collections.ConfigDict, workdir: str, best: bool = False) -> dict[str, float]:
@@ -259,11 +262,16 @@ def _train(
       if step == start + 1:
         with timer.paused():
           train_step = train_step.lower(state, batch).compile()
-      profile.before(step)
+      if profile.begins(step):
+        with timer.paused():
+          profile.start()
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
         state, values = train_step(state, batch)
-      if profile.after(step, values):
-        progress.say(f'{config.profile_steps} steps were traced into {profile.directory}')
+      if profile.ends(step):
+        jax.block_until_ready(values)
+        with timer.paused():
+          if profile.stop():
+            progress.say(f'{len(profile.steps)} steps were traced into {profile.directory}')
       timer.tick(config.batch_size)
       report(late.flush())  # The step before: reading it doesn't stall the one just launched.
       progress.update(step)

@@ -247,12 +247,12 @@ class StepTimer:
     `train/images_per_second`, `train/step_seconds`, and in [0, 1] `train/data_wait` and `train/goodput`: the share of
     the whole time since this timer was made that went into steps, and not into waiting or what was left out.
     """
+    if not self._steps:
+      return {}  # And the window goes on: a step may be running that was counted before.
     now = time.perf_counter()
     elapsed = max(now - self._began, 1e-9)
     steps, images, waited = self._steps, self._images, self._waited
     self.begin()
-    if not steps:
-      return {}
     self._trained += max(elapsed - waited, 0.0)
     return {
       'train/goodput': min(self._trained / max(now - self._born, 1e-9), 1.0),

@@ -24,17 +24,35 @@ def test_steps_are_traced_after_the_warm_up(tmp_path, steps, start, total, trace
   assert list(Profile(steps, str(tmp_path), start, total).steps) == traced
 
 
-def test_trace_names_the_steps(tmp_path):
-  profile = Profile(2, str(tmp_path), 0, 4)
+def run(profile, total):
   compute = jax.jit(lambda x: x @ x)
-  ended = []
-  for step in range(1, 5):
-    profile.before(step)
+  written = []
+  for step in range(1, total + 1):
+    if profile.begins(step):
+      profile.start()
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
       value = compute(jnp.ones((64, 64)))
-    ended.append(profile.after(step, value))
-  assert ended == [False, False, False, True]
+    if profile.ends(step):
+      jax.block_until_ready(value)
+      written.append((step, profile.stop()))
+  return written
+
+
+def test_trace_names_the_steps(tmp_path):
+  assert run(Profile(2, str(tmp_path), 0, 4), 4) == [(4, True)]
   (file,) = (tmp_path / 'profile').rglob('perfetto_trace.json.gz')
   events = json.loads(gzip.decompress(file.read_bytes()))['traceEvents']
   assert sum(event.get('name') == 'train' for event in events) == 2
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+  (tmp_path / 'profile').write_text('in the way')
+  assert run(Profile(1, str(tmp_path), 0, 2), 2) == [(2, False)]
+  assert 'could not be written' in caplog.text
+
+
+def test_processes_of_one_workdir_trace_into_folders_of_their_own(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  assert Profile(1, str(tmp_path), 0, 2).directory == str(tmp_path / 'profile' / 'process_1')
