@@ -151,6 +151,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     20  # The k reported as eval/knn_top1: fixed beforehand, never chosen by test data.
   )
   c.evaluation.knn_temperature = 0.07
+  c.evaluation.linear_cached_every = (
+    0  # Steps; logistic regression on frozen features too. 0: never.
+  )
+  c.evaluation.low_shot_every = 0  # Steps; and on few labels, of so many images a class:
+  c.evaluation.low_shot_images = (1, 10)
+  c.evaluation.low_shot_draws = 3
   c.evaluation.feature = 'pooled'  # Class token or ResNet's average; or 'mean_patch', 'concat'.
   c.evaluation.recalibration_images = (
     4096  # For BatchNorm's statistics, of networks that only saw filtered images.

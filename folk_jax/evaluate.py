@@ -30,7 +30,6 @@ from folk_jax.suite import (
   adopt_run,
   class_folder,
   stratified,
-  unit_length,
 )
 from folk_jax.train import initial, loop, sharding
 
@@ -137,7 +136,10 @@ def _linear_cached(suite: Suite, results: Results) -> Scores:
   del results
   fitted, c = suite.linear_classifier
   _, _, test_QD, label_Q = suite.frozen
-  return {'top1': np.mean(logistic.predict(fitted, unit_length(test_QD)) == label_Q), 'C': c}
+  return {
+    'top1': np.mean(logistic.predict(fitted, fewshot.unit_length(test_QD)) == label_Q),
+    'C': c,
+  }
 
 
 def _linear(suite: Suite, results: Results) -> Scores:

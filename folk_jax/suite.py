@@ -218,15 +218,15 @@ class Suite:
   def linear_classifier(self) -> tuple[logistic.Classifier, float]:
     """Logistic regression on frozen features of unit length, its C by cross-validation in the training set; and C."""
     train_ND, label_N, _, _ = self.frozen
-    unit_ND = unit_length(train_ND)
     settings = self.config.linear_cached
-    fold_N = fewshot.assign_folds(label_N, settings.folds, (self.config.seed,))
-    accuracy, likelihood, _ = logistic.cross_validate(
-      unit_ND, label_N, fold_N, settings.regularisers, classes=self.classes
+    return fewshot.linear_classifier(
+      train_ND,
+      label_N,
+      classes=self.classes,
+      regularisers=settings.regularisers,
+      folds=settings.folds,
+      seed=self.config.seed,
     )
-    c = logistic.best(settings.regularisers, accuracy, likelihood)
-    fitted = logistic.fit(unit_ND, label_N, [c], classes=self.classes)
-    return fitted, c
 
 
 def stratified(source: data.Source, limit: int) -> data.Source:
@@ -261,11 +261,6 @@ def class_folder(settings: data.DataSettings, path: str, what: str) -> data.Sour
       f"{what}: '{path}' has images and no class folders; expected {path}/<class>/<image>."
     )
   return source
-
-
-def unit_length(feature_ND: np.ndarray) -> np.ndarray:
-  """Features of length 1; those of length 0 stay."""
-  return feature_ND / np.maximum(np.linalg.norm(feature_ND, axis=1, keepdims=True), 1e-12)
 
 
 def _linear_classifier(suite: Suite) -> Classifier:

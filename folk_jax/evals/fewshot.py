@@ -142,6 +142,42 @@ def low_shot(
   return LowShotResult(*confidence(accuracies), accuracies, found)
 
 
+def linear_classifier(
+  train_ND: np.ndarray,
+  label_N: np.ndarray,
+  *,
+  classes: int,
+  regularisers: Sequence[float],
+  folds: int,
+  seed: int,
+) -> tuple[logistic.Classifier, float]:
+  """Logistic regression on all labels, of features of length 1, its C by cross-validation among them.
+
+  Args:
+    train_ND: float [N, D].
+    label_N: integers [N] in [0, classes).
+    classes: K.
+    regularisers: candidates for C.
+    folds: of the cross-validation.
+    seed: of the folds.
+
+  Returns:
+    The classifier, for `logistic.predict` on features of length 1 too (`unit_length`), and its C.
+  """
+  unit_ND = unit_length(train_ND)
+  fold_N = assign_folds(label_N, folds, (seed,))
+  accuracy, likelihood, _ = logistic.cross_validate(
+    unit_ND, label_N, fold_N, regularisers, classes=classes
+  )
+  c = logistic.best(regularisers, accuracy, likelihood)
+  return logistic.fit(unit_ND, label_N, [c], classes=classes), c
+
+
+def unit_length(feature_ND: np.ndarray) -> np.ndarray:
+  """Features of length 1; those of length 0 stay."""
+  return feature_ND / np.maximum(np.linalg.norm(feature_ND, axis=1, keepdims=True), 1e-12)
+
+
 def draw_labels(
   label_N: np.ndarray, classes: int, amount: int | float, seed: int, draw: int
 ) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""What a run asks of its weights while it trains: kNN accuracy on frozen features, and held-out reconstruction.
+"""What a run asks of its weights while it trains: kNN and, on periods of their own, logistic regression on frozen
+features; and what its objective measures on held-out images.
 
 And what evaluation asks of a backbone with BatchNorm: statistics of clean images.
 """
@@ -6,7 +7,7 @@ And what evaluation asks of a backbone with BatchNorm: statistics of clean image
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from folk_jax import data, models
 from folk_jax.errors import UserError
-from folk_jax.evals import features, knn
+from folk_jax.evals import features, fewshot, knn, logistic
 from folk_jax.objectives.base import mean_over_count
 from folk_jax.signal.augment import normalise
 from folk_jax.train import sharding
@@ -26,9 +27,12 @@ from folk_jax.train import state as state_lib
 from folk_jax.train.run import Run
 from folk_jax.train.state import TrainState
 
+# C on features of length 1, for `linear_cached`: as configs/evaluate.py.
+_LINEAR_REGULARISERS = (10.0, 100.0, 1e3, 1e4)
+
 
 class Evaluation:
-  """Held-out evaluation during the run: weighted kNN on frozen features, and reconstruction."""
+  """Held-out evaluation during the run, on frozen features and by the objective."""
 
   def __init__(
     self,
@@ -53,7 +57,12 @@ class Evaluation:
       for source in filter(None, (self._bank, self._test)):
         data.check_labels(source.labels(np.arange(1)), self._classes, source.name)
     self._batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
-    self._rng = jax.random.key(config.seed)
+    self._seed, self._rng = config.seed, jax.random.key(config.seed)
+    if any(config.evaluation[period] for period in self._periods) and self._test is not None:
+      if min(self._bank.label(0), self._test.label(0)) < 0:
+        raise UserError(
+          'config.evaluation.linear_cached_every and low_shot_every need labels, and the data have none: set them to 0.'
+        )
     self._calibration = self._whole_batches(config.evaluation.recalibration_images, config.seed)
     self._evaluate = jax.jit(run.objective.evaluate)
     self._finish = getattr(run.objective, 'finish', mean_over_count)
@@ -83,7 +92,23 @@ class Evaluation:
     which = self._config.which if int(state.step) else 'student'
     params = state_lib.weights(state, which)
     network = params['backbone'], state_lib.statistics(state, which)
-    return self._knn(network) | self._measured(state)
+    return self._frozen(network, int(state.step)) | self._measured(state)
+
+  def due(self, step: int) -> bool:
+    """Whether an evaluation with a period of its own falls on this step."""
+    return bool(self._test) and any(self._is_due(period, step) for period in self._periods)
+
+  @property
+  def _periods(self) -> dict[str, Callable[[list[np.ndarray]], dict[str, float]]]:
+    """Evaluations on frozen features besides kNN, by their periods."""
+    return {
+      'linear_cached_every': self._linear_cached,
+      'low_shot_every': self._low_shot,
+    }
+
+  def _is_due(self, period: str, step: int) -> bool:
+    every = self._config[period]
+    return bool(every) and step > 0 and step % every == 0
 
   def names(self, state: TrainState) -> tuple[str, ...]:
     """The keys that a call reports, without making it: it traces the measurement of one image a device."""
@@ -146,9 +171,45 @@ class Evaluation:
     ks = sorted({*self._config.knn, self._config.knn_headline})
     return (*(f'eval/knn_top1_k{k}' for k in ks), 'eval/knn_top1', 'eval/knn_top5')
 
-  def _knn(self, network: tuple[Any, Any]) -> dict[str, float]:
-    if not self._knn_names():
+  def _frozen(self, network: tuple[Any, Any], step: int) -> dict[str, float]:
+    """kNN, and what is due of the rest, on features that are extracted once."""
+    rest = [evaluate for period, evaluate in self._periods.items() if self._is_due(period, step)]
+    if not self._knn_names() and not rest:
       return {}
+    sets = self._features(network)
+    scalars = self._knn(sets) if self._knn_names() else {}
+    for evaluate in rest:
+      scalars |= evaluate(sets)
+    return scalars
+
+  def _linear_cached(self, sets: list[np.ndarray]) -> dict[str, float]:
+    train_ND, label_N, test_QD, label_Q = sets
+    fitted, _ = fewshot.linear_classifier(
+      train_ND,
+      label_N,
+      classes=len(self._bank.class_names),
+      regularisers=_LINEAR_REGULARISERS,
+      folds=3,
+      seed=self._seed,
+    )
+    found_Q = logistic.predict(fitted, fewshot.unit_length(test_QD))
+    return {'eval/linear_cached_top1': float(np.mean(found_Q == label_Q))}
+
+  def _low_shot(self, sets: list[np.ndarray]) -> dict[str, float]:
+    scalars = {}
+    for shots in self._config.low_shot_images:
+      found = fewshot.low_shot(
+        *sets,
+        classes=len(self._bank.class_names),
+        amount=int(shots),
+        draws=self._config.low_shot_draws,
+        seed=self._seed,
+      )
+      scalars[f'eval/low_shot_{shots}_images_a_class'] = found.mean
+    return scalars
+
+  def _features(self, network: tuple[Any, Any]) -> list[np.ndarray]:
+    """Training features and labels, test features and labels."""
 
     def put(rows: np.ndarray) -> jax.Array:
       return sharding.put(rows, self._mesh)
@@ -162,6 +223,9 @@ class Evaluation:
           raise UserError(
             f'{error}; or leave out kNN, which asks for it: config.evaluation.knn=().'
           ) from error
+    return sets
+
+  def _knn(self, sets: list[np.ndarray]) -> dict[str, float]:
     classes = 1 + max(int(sets[1].max()), int(sets[3].max()))
     ks = sorted({*self._config.knn, self._config.knn_headline})
     accuracy = knn.knn(*sets, ks=ks, temperature=self._config.knn_temperature, classes=classes)

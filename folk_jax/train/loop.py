@@ -282,6 +282,7 @@ def _train(
       saves = last or preempted
       saves = saves or (config.checkpoint.every and step % config.checkpoint.every == 0)
       evaluates = last or (config.eval_every and step % config.eval_every == 0)
+      evaluates = evaluates or evaluation.due(step)
       if not (saves or evaluates):
         continue
       report(late.flush())
@@ -309,6 +310,7 @@ _HEADLINES = {
   'eval/knn_top1': 'kNN top-1',
   'eval/top1': 'top-1',
   'eval/top5': 'top-5',
+  'eval/linear_cached_top1': 'linear top-1',
   'eval/miou': 'mIoU',
   'eval/pixel_accuracy': 'pixel accuracy',
 }

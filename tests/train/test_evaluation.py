@@ -85,3 +85,32 @@ def test_an_epoch_of_few_labels_is_of_those_alone():
   # 10 classes of 4: 40 images in batches of 16, four times.
   run = make_run(recipe, len(source), len(source.class_names))
   assert run.total_steps == 10 and run.objective.parts.steps_per_epoch == 2.5
+
+
+def test_frozen_evaluations_have_periods_of_their_own(tmp_path):
+  for split in ('train', 'val'):
+    write_images(tmp_path / split / 'blue', [(0, 0, 200 + i) for i in range(25)])
+    write_images(tmp_path / split / 'red', [(200 + i, 0, 0) for i in range(25)])
+  recipe = config.load_recipe('configs/vit_b.py', f'smoke,data=folder,path="{tmp_path}"')
+  recipe.evaluation.update({'knn': (), 'linear_cached_every': 4, 'low_shot_every': 6})
+  run = make_run(recipe, images=50, classes=2)
+  evaluation = Evaluation(recipe, run, data_settings(recipe), sharding.make_mesh())
+  assert [step for step in range(13) if evaluation.due(step)] == [4, 6, 8, 12]
+  state = jax.jit(run.new_state)(jax.random.key(0), {})
+  found = {step: evaluation(state.replace(step=jax.numpy.int32(step))) for step in (3, 4, 12)}
+  few = {'eval/low_shot_1_images_a_class', 'eval/low_shot_10_images_a_class'}
+  assert {k for k in found[4] if 'reconstruction' not in k} == {'eval/linear_cached_top1'}
+  assert {k for k in found[12] if 'reconstruction' not in k} == {'eval/linear_cached_top1', *few}
+  assert all('reconstruction' in key for key in found[3])
+  # Blue and red are told apart by any network.
+  assert found[12]['eval/linear_cached_top1'] == 1.0
+  assert found[12]['eval/low_shot_10_images_a_class'] == 1.0
+
+
+def test_periods_need_labels(tmp_path):
+  for split in ('train', 'val'):
+    write_images(tmp_path / split, [(i, 90, 200) for i in range(9)])
+  recipe = config.load_recipe('configs/vit_b.py', f'smoke,data=folder,path="{tmp_path}"')
+  recipe.evaluation.low_shot_every = 2
+  with pytest.raises(UserError, match='low_shot_every need labels'):
+    Evaluation(recipe, make_run(recipe, 9), data_settings(recipe), sharding.make_mesh())
