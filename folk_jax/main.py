@@ -4,7 +4,8 @@
 
 A workdir that holds a run is resumed. Any field is set with --config.a.b=value; recipes take arguments after a colon,
 such as --config=configs/vit_b.py:data=folder,path=/images. Exit status: 0 done, 2 a mistake in what was asked (one
-line on stderr), 143 saved and stopped by SIGTERM (start it again), 1 anything else.
+line on stderr), 143 saved and stopped by SIGTERM (start it again), 1 anything else. SIGTERM ends an evaluation at
+once: it keeps its results piece by piece.
 
 Several processes are one run where TPU pods, GKE, Slurm or Open MPI start them, and with three flags anywhere else:
 --coordinator=HOST:PORT --processes=N --process=I. docs/scaling.md has the commands.
@@ -90,6 +91,8 @@ def _check_bucket(workdir: str) -> None:
 
 
 TASKS: dict[str, Callable] = {'pretrain': _pretrain, 'evaluate': _evaluate}
+# Those that look for SIGTERM at every step, and save.
+_HEEDING_SIGTERM = ('pretrain',)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -104,15 +107,20 @@ def main(argv: Sequence[str]) -> None:
   cluster = distributed.with_devices(
     cluster or distributed.detect(os.environ), _LOCAL_DEVICES.value
   )
-  with distributed.joined(cluster, _MEETING_SECONDS.value) as several:
-    if several:
-      distributed.check_alike(configuration=_common(config), workdir=_WORKDIR.value)
-      distributed.check_shared(_WORKDIR.value)
-    try:
-      TASKS[config.task](config, _WORKDIR.value)
-    except distributed.Preempted as told:
-      print(f'stopped: {told}', file=sys.stderr)
-      sys.exit(leaving.STATUS)
+  heeds = config.task in _HEEDING_SIGTERM
+  try:
+    with distributed.joined(cluster, _MEETING_SECONDS.value, heed_sigterm=heeds) as several:
+      if several:
+        distributed.check_alike(configuration=_common(config), workdir=_WORKDIR.value)
+        distributed.check_shared(_WORKDIR.value)
+      try:
+        TASKS[config.task](config, _WORKDIR.value)
+      except distributed.Preempted as told:
+        print(f'stopped: {told}', file=sys.stderr)
+        sys.exit(leaving.STATUS)
+  except distributed.NotMet as late:
+    print(f'error: {cli.one_line(str(late))}', file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == '__main__':

@@ -26,6 +26,7 @@ Usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [options] [-- flags of 
   --service-account=MAIL  of the VMs: it must be able to read the data's bucket and to write the workdir's
   --project=PROJECT       gcloud's own default otherwise
   --poll=60               seconds between looks (create, keep)
+  --retries=3             on one TPU, start a run that failed, but not by a mistake (status 2), so often again (keep)
   --out=DIR               for logs (default: runs/NAME/logs)
   --dry-run               print the gcloud commands and run none
   --help                  print this
@@ -45,7 +46,8 @@ case $command in
   *) fail "unknown command $command: expected create, install, run, status, logs, stop, keep or delete" ;;
 esac
 
-name='' zone='' type='' slices=1 capacity='' direct=false valid_until=6h version='' account='' project='' poll=60 out=''
+name='' zone='' type='' slices=1 capacity='' direct=false valid_until=6h version='' account='' project=''
+poll=60 retries=3 out=''
 while (($#)); do
   case $1 in
     --name=*) name=$(value "$1") ;;
@@ -59,6 +61,7 @@ while (($#)); do
     --service-account=*) account=$(value "$1") ;;
     --project=*) project=$(value "$1") ;;
     --poll=*) poll=$(value "$1") ;;
+    --retries=*) retries=$(value "$1") ;;
     --out=*) out=$(value "$1") ;;
     --dry-run) dry_run=true ;;
     -h | --help) usage; exit 0 ;;
@@ -71,6 +74,7 @@ required name "$name"
 required zone "$zone"
 count slices "$slices"
 count poll "$poll"
+count retries "$retries"
 ! $direct || ((slices == 1)) || fail '--direct makes one slice; leave it out for several'
 case $command in
   run | keep)
@@ -79,16 +83,6 @@ case $command in
     ;;
   *) (($# == 0)) || fail "$command takes no flags of the run: unexpected $1" ;;
 esac
-case $command in create | keep) required type "$type" ;; esac
-need gcloud 'https://cloud.google.com/sdk/docs/install'
-
-where=("--zone=$zone")
-[[ -z $project ]] || where+=("--project=$project")
-nodes=("$name")
-if ((slices > 1)); then
-  nodes=()
-  for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
-fi
 
 runtime_version() {
   case $type in
@@ -100,18 +94,38 @@ runtime_version() {
   esac
 }
 
-# ACTIVE, PROVISIONING, SUSPENDED (preempted), FAILED, ...; READY of a TPU made with --direct; NONE.
+case $command in
+  create | keep)
+    required type "$type"
+    [[ -n $version ]] || version=$(runtime_version)
+    ;;
+esac
+need gcloud 'https://cloud.google.com/sdk/docs/install'
+
+where=("--zone=$zone")
+[[ -z $project ]] || where+=("--project=$project")
+nodes=("$name")
+if ((slices > 1)); then
+  nodes=()
+  for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
+fi
+
+# ACTIVE, PROVISIONING, SUSPENDED (preempted), FAILED, ...; READY of a TPU made with --direct; NONE where there is none;
+# UNKNOWN where gcloud cannot say, whose words are passed on.
 state() {
-  if $direct; then
-    gcloud compute tpus tpu-vm describe "$name" "${where[@]}" '--format=value(state)' 2>/dev/null || echo NONE
-  else
-    gcloud compute tpus queued-resources describe "$name" "${where[@]}" '--format=value(state.state)' 2>/dev/null ||
-      echo NONE
+  local found errors what=(queued-resources describe "$name" "${where[@]}" '--format=value(state.state)')
+  ! $direct || what=(tpu-vm describe "$name" "${where[@]}" '--format=value(state)')
+  errors=$(mktemp)
+  if ! found=$(gcloud compute tpus "${what[@]}" 2>"$errors"); then
+    found=UNKNOWN
+    if grep -q NOT_FOUND "$errors"; then found=NONE; else cat "$errors" >&2; fi
   fi
+  rm -f "$errors"
+  echo "$found"
 }
 
+# As `install` below, it says itself how it went: where its status is asked for, bash does not stop at a failure.
 create() {
-  [[ -n $version ]] || version=$(runtime_version)
   local options=("${where[@]}" "--accelerator-type=$type") found=
   [[ -z $capacity ]] || options+=("$capacity")
   [[ -z $account ]] || options+=("--service-account=$account" --scopes=cloud-platform)
@@ -125,7 +139,7 @@ create() {
   else
     options+=("--node-id=$name")
   fi
-  step gcloud compute tpus queued-resources create "$name" "${options[@]}"
+  step gcloud compute tpus queued-resources create "$name" "${options[@]}" || return
   if $dry_run; then
     say "would look every $poll s until $name is ACTIVE"
     return
@@ -186,11 +200,13 @@ nohup sh -c '.venv/bin/python -m folk_jax.main \"\$@\" & echo \$! >run.pid; wait
 run $flags>run.log 2>&1 </dev/null &"
 }
 
-# What the first worker says of the run: its exit status, running, or none; empty where it cannot be asked.
+# What the first worker says of the run: its exit status, running, none, or bare where nothing is installed; empty where
+# it cannot be asked.
 run_status() {
   # shellcheck disable=SC2016  # for the worker's shell
-  gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 '--command=cd folk_jax 2>/dev/null
-if [ -f run.status ]; then cat run.status
+  gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 '--command=
+if ! cd folk_jax 2>/dev/null; then echo bare
+elif [ -f run.status ]; then cat run.status
 elif [ -f run.pid ] && kill -0 $(cat run.pid) 2>/dev/null; then echo running
 else echo none; fi' 2>/dev/null || true
 }
@@ -232,7 +248,7 @@ delete() {
 
 # What a preemption leaves is deleted and made again; the run goes on from its newest checkpoint.
 keep() {
-  local found ended=''
+  local found ended='' fresh=false looks=0 left=$retries
   if $dry_run; then
     create
     install
@@ -242,26 +258,54 @@ keep() {
   fi
   while true; do
     found=$(state)
+    ended=
     case $found in
       ACTIVE | READY) ended=$(run_status) ;;
+      UNKNOWN) ;;
       *)
         say "$(date +%T) $name: $found"
         [[ $found == NONE ]] || delete || true
-        ended=
-        if (create); then ended=none; fi
+        fresh=false looks=0 left=$retries
+        if (create); then fresh=true ended=bare; fi
         ;;
     esac
     case $ended in
-      '' | running) sleep "$poll" ;;  # A worker may vanish at any moment: the next look starts over.
-      none) (install && run) || sleep "$poll" ;;
-      143) (run) || sleep "$poll" ;;
       0) say "the run has ended; launch/tpu_pod.sh delete --name=$name --zone=$zone gives the TPU back"; return ;;
+      2) give_up 2 ;;
+      '' | running) looks=0 ;;  # A worker may vanish at any moment: the next look starts over.
+      143) (run) || true ;;
+      none | bare)
+        # Never over what may be running: only on a TPU that was made here, just now.
+        if $fresh; then
+          if (install); then fresh=false; fi
+        elif [[ $ended == bare ]]; then
+          fail "$name was there before, with nothing installed: launch/tpu_pod.sh install (or delete), and keep again"
+        fi
+        $fresh || (run) || true
+        ;;
       *)
-        (logs) || true
-        fail "the run ended with status $ended; its logs are in ${out:-$ROOT/runs/$name/logs}"
+        # After a preemption jax ends the first worker some time before the TPU's state says so.
+        looks=$((looks + 1))
+        if ((looks < 3)); then
+          say "$(date +%T) $name: the run has status $ended; looking again"
+        elif ((left > 0)); then
+          say "$(date +%T) $name: the run ended with status $ended; starting it again"
+          (logs) || true
+          (run) || true
+          looks=0 left=$((left - 1))
+        else
+          give_up "$ended"
+        fi
         ;;
     esac
+    sleep "$poll"
   done
+}
+
+# give_up STATUS: of the run.
+give_up() {
+  (logs) || true
+  fail "the run ended with status $1; its logs are in ${out:-$ROOT/runs/$name/logs}"
 }
 
 case $command in

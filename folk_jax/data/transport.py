@@ -12,10 +12,12 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 import weakref
 from collections.abc import Mapping
-from multiprocessing import shared_memory
+from multiprocessing import shared_memory, util
 from typing import Any
 
 import numpy as np
@@ -34,10 +36,32 @@ _worker = 0
 
 
 def set_worker(index: int, count: int) -> None:
-  """Notes in a worker which one it is; Grain calls it with (index, number of workers)."""
+  """Notes in a worker which one it is; Grain calls it first, with (index, number of workers).
+
+  From here on SIGTERM, which Slurm and systemd send to all processes of a job at once, is the main process's matter: it
+  still needs batches up to the step that it saves. The worker ends with it, however it ends.
+  """
   del count
   global _worker
   _worker = index
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  multiprocessing.parent_process().join()
+  os._exit(1)
+
+
+def _kill_workers() -> None:
+  for child in multiprocessing.active_children():
+    if child.name.startswith('grain-'):
+      child.kill()
+
+
+# At its end multiprocessing waits for workers that it has sent SIGTERM. Grain, which closes what it still knows of
+# (priority 1), comes first.
+util.Finalize(None, _kill_workers, exitpriority=0)
 
 
 class Ring:

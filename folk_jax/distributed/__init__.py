@@ -16,10 +16,12 @@ from collections.abc import Iterator, Sequence
 from folk_jax.distributed import leaving, rendezvous
 from folk_jax.distributed.cluster import Cluster, detect, from_flags, with_devices
 from folk_jax.distributed.leaving import Preempted, preempted
+from folk_jax.distributed.rendezvous import NotMet
 from folk_jax.errors import UserError
 
 __all__ = [
   'Cluster',
+  'NotMet',
   'Preempted',
   'check_alike',
   'check_shared',
@@ -35,7 +37,9 @@ _SHARED_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def joined(cluster: Cluster | None, seconds: float = 300) -> Iterator[bool]:
+def joined(
+  cluster: Cluster | None, seconds: float = 300, heed_sigterm: bool = True
+) -> Iterator[bool]:
   """Inside, this process is one of its cluster's; with None, or a cluster of one, nothing but SIGTERM changes.
 
   Process 0 speaks; the others write to stderr what ends them, and nothing else. A failure in one of several processes
@@ -44,25 +48,28 @@ def joined(cluster: Cluster | None, seconds: float = 300) -> Iterator[bool]:
   Args:
     cluster: from `from_flags` or `detect`.
     seconds: how long to wait for the processes to meet.
+    heed_sigterm: whether SIGTERM asks (`preempted`) instead of killing: for work that looks, and saves. Else
+      `preempted` is always False.
 
   Yields:
     Whether there are several.
 
   Raises:
-    UserError: they do not meet in time, or disagree on who they are.
+    NotMet: they do not meet in time; another try may succeed.
+    UserError: they disagree on who they are, or jax cannot tell it.
   """
   if cluster is None or cluster.processes == 1:
-    with leaving.heeding_sigterm():
+    with leaving.heeding_sigterm() if heed_sigterm else contextlib.nullcontext():
       yield False
     return
-  index = _join(cluster, seconds)
+  index = _join(cluster, seconds, heed_sigterm)
   if index:
     leaving.hush()
   with leaving.together(index):
     yield True
 
 
-def _join(cluster: Cluster, seconds: float) -> int:
+def _join(cluster: Cluster, seconds: float, heed_sigterm: bool) -> int:
   if cluster.coordinator is not None:
     # jax waits too, but ends a process that has waited too long with an abort and a stack trace.
     rendezvous.meet(cluster.coordinator, cluster.processes, cluster.process, seconds)
@@ -72,6 +79,8 @@ def _join(cluster: Cluster, seconds: float) -> int:
   # On a CPU, programs that do not wait for one another run at once: two of them that sum over all processes would be
   # run in one order here and in another there, and wait for ever.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
+  if not heed_sigterm:
+    jax.config.update('jax_enable_preemption_service', False)  # It takes SIGTERM for itself.
   arguments = {'initialization_timeout': max(1, round(seconds))}
   if cluster.coordinator is not None:
     arguments |= {
@@ -85,10 +94,11 @@ def _join(cluster: Cluster, seconds: float) -> int:
   try:
     jax.distributed.initialize(**arguments)
   except (ValueError, RuntimeError) as error:
-    raise UserError(
-      f'{cluster.found_by} says that this is one of several processes, but jax cannot join them: '
-      f"{' '.join(str(error).split())}; on a TPU it needs the package's extra tpu"
-    ) from error
+    said = ' '.join(str(error).split())
+    said = f'{cluster.found_by} says that this is one of several processes, but jax cannot join them: {said}'
+    if isinstance(error, RuntimeError):  # Somebody did not answer in time: a slice may come later.
+      raise NotMet(said) from error
+    raise UserError(f"{said}; on a TPU it needs the package's extra tpu") from error
   return jax.process_index()
 
 

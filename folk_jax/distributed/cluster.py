@@ -178,8 +178,9 @@ def _share(environment: Mapping[str, str], local: int, here: int) -> tuple[int, 
   if here < 2 or environment.get('JAX_LOCAL_DEVICE_IDS'):
     return None
   listed = environment.get('CUDA_VISIBLE_DEVICES', environment.get('ROCR_VISIBLE_DEVICES'))
-  visible = len([name for name in listed.split(',') if name]) if listed is not None else here
-  if visible < here:
+  on_node = int(environment.get('SLURM_GPUS_ON_NODE') or here)
+  visible = len([name for name in listed.split(',') if name]) if listed is not None else on_node
+  if visible < max(here, on_node) or visible <= _gpus_per_task(environment):
     return None  # Its launcher has bound each task to GPUs of its own.
   if visible % here:
     raise UserError(
@@ -187,6 +188,13 @@ def _share(environment: Mapping[str, str], local: int, here: int) -> tuple[int, 
     )
   share = visible // here
   return tuple(range(local * share, (local + 1) * share))
+
+
+def _gpus_per_task(environment: Mapping[str, str]) -> int:
+  """What `srun --gpus-per-task` asked for, such as 2, a100:2 or a100:1,h100:1; 0 where it did not."""
+  asked = environment.get('SLURM_GPUS_PER_TASK')
+  counts = [part.rpartition(':')[2] for part in asked.split(',')] if asked else []
+  return sum(int(count) if count.isdigit() else 1 for count in counts)
 
 
 def _gke(environment: Mapping[str, str]) -> Cluster | None:

@@ -20,6 +20,9 @@ STATUS = 128 + signal.SIGTERM
 # jax's service runs in process 0: it leaves last, so that the others can say what was wrong with them.
 _LAST_SECONDS = 3.0
 
+# Of other errors than these it is 1.
+_STATUSES = {UserError: 2, KeyboardInterrupt: 130}
+
 _told = False
 
 
@@ -63,7 +66,7 @@ def preempted(step: int) -> bool:
 
   try:
     return multihost_utils.reached_preemption_sync_point(step)
-  except RuntimeError:  # jax's preemption service is switched off.
+  except RuntimeError:  # jax's preemption service is switched off, as where SIGTERM is not heeded.
     return False
 
 
@@ -98,12 +101,12 @@ def together(index: int) -> Iterator[None]:
 def _status(error: BaseException) -> int:
   if isinstance(error, SystemExit):
     return error.code if isinstance(error.code, int) else int(error.code is not None)
-  return {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+  return next((status for kind, status in _STATUSES.items() if isinstance(error, kind)), 1)
 
 
 def _leave(status: int, index: int) -> NoReturn:
   for child in multiprocessing.active_children():
-    child.terminate()
+    child.kill()  # The loader's workers ignore SIGTERM.
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(Exception):
       stream.flush()

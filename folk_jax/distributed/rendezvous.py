@@ -20,6 +20,10 @@ _GRACE_SECONDS = 10.0
 _SHOWN = 8
 
 
+class NotMet(Exception):
+  """Some did not come in time: nobody's mistake, and worth another try (exit status 1, where a mistake has 2)."""
+
+
 def meet(coordinator: str, processes: int, process: int, seconds: float) -> None:
   """Returns in every process once all have called this; the port is free again then.
 
@@ -30,8 +34,8 @@ def meet(coordinator: str, processes: int, process: int, seconds: float) -> None
     seconds: how long process 0 waits for the others, and they for it.
 
   Raises:
-    UserError: in every process that is there: some are missing (named), two have one number, they disagree on how
-      many there are, or process 0 cannot be reached or cannot listen.
+    NotMet: in every process that is there: some are missing (named), or process 0 cannot be reached.
+    UserError: likewise: two have one number, they disagree on how many there are, or process 0 cannot listen.
   """
   host, _, port = coordinator.rpartition(':')
   if process:
@@ -46,10 +50,11 @@ def _await_all(port: int, processes: int, seconds: float, coordinator: str) -> N
   others: list[socket.socket] = []
   with contextlib.ExitStack() as open_sockets:
     listener = open_sockets.enter_context(_listen(port, coordinator))
-    wrong = ''
+    wrong, late = '', False
     while len(arrived) < processes - 1 and not wrong:
       left = deadline - time.monotonic()
       if left <= 0:
+        late = True
         missing = [i for i in range(1, processes) if i not in arrived]
         wrong = (
           f'{len(missing)} of {processes} processes did not come to {coordinator} within {seconds:g} s, '
@@ -74,13 +79,13 @@ def _await_all(port: int, processes: int, seconds: float, coordinator: str) -> N
       others.append(other)
     for other in others:
       with contextlib.suppress(OSError):
-        _write(other, {'wrong': wrong})
+        _write(other, {'wrong': wrong, 'late': late})
     if not wrong:
       # The end that closes first keeps the port busy for a while: the others do.
       for other in others:
         _read(other, _HELLO_SECONDS)
   if wrong:
-    raise UserError(wrong)
+    raise (NotMet if late else UserError)(wrong)
 
 
 def _listen(port: int, coordinator: str) -> socket.socket:
@@ -104,14 +109,14 @@ def _arrive(host: str, port: int, processes: int, process: int, seconds: float) 
         _write(server, {'process': process, 'processes': processes})
         answer = _read(server, max(left, 0) + _GRACE_SECONDS)
         if answer.get('wrong'):
-          raise UserError(answer['wrong'])
+          raise (NotMet if answer.get('late') else UserError)(answer['wrong'])
         if 'wrong' in answer:
           return
         reason = 'it hung up'
     except OSError as error:
       reason = error.strerror or str(error) or reason
     time.sleep(min(_RETRY_SECONDS, max(left, 0)))
-  raise UserError(
+  raise NotMet(
     f'process {process} could not meet process 0 at {host}:{port} within {seconds:g} s ({reason}): '
     'is process 0 running there, and may this host reach that port?'
   )

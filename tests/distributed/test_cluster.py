@@ -48,6 +48,8 @@ OPEN_MPI = {
     # Four tasks on a host of four GPUs, all visible to each: the third takes number 2.
     (A_GPU_EACH, Cluster('Slurm', 'gpu003:61441', 8, 6, (2,))),
     (A_GPU_EACH | {'CUDA_VISIBLE_DEVICES': '0,1,2,3,4,5,6,7'}, Cluster('Slurm', 'gpu003:61441', 8, 6, (4, 5))),
+    # No list of what is visible, and Slurm's own number.
+    (A_GPU_EACH | {'SLURM_GPUS_ON_NODE': '8'}, Cluster('Slurm', 'gpu003:61441', 8, 6, (4, 5))),
     # Bound by Slurm to a GPU of its own.
     (A_GPU_EACH | {'CUDA_VISIBLE_DEVICES': '2'}, Cluster('Slurm', 'gpu003:61441', 8, 6, None)),
     (A_GPU_EACH | {'JAX_LOCAL_DEVICE_IDS': '2'}, Cluster('Slurm', 'gpu003:61441', 8, 6, None)),
@@ -86,6 +88,36 @@ def test_open_mpi_5_on_one_host_and_on_several(tmp_path):
 def test_gpus_that_tasks_cannot_share(tmp_path):
   with pytest.raises(UserError, match='4 tasks on this host cannot share its 6 GPUs evenly'):
     detect(A_GPU_EACH | {'CUDA_VISIBLE_DEVICES': '0,1,2,3,4,5'}, root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'visible, slurm, share',
+  [
+    # The second of two tasks on a host. All of its GPUs are visible to both: it takes the second half.
+    ('0,1,2,3', {'ON_NODE': '4'}, (2, 3)),
+    ('0,1,2,3', {}, (2, 3)),
+    (None, {'ON_NODE': '4'}, (2, 3)),
+    # --gpus-per-task=2 --gpu-bind=none: still all.
+    ('0,1,2,3', {'ON_NODE': '4', 'PER_TASK': '2'}, (2, 3)),
+    # Fewer than the host has: Slurm has bound each task to its own, with numbers of the host or of the task.
+    ('2,3', {'ON_NODE': '4', 'PER_TASK': '2'}, None),
+    ('0,1', {'ON_NODE': '4', 'PER_TASK': '2'}, None),
+    ('2,3', {'ON_NODE': '4'}, None),
+    # Where the number of the host is missing, or is the task's own.
+    ('2,3', {'PER_TASK': '2'}, None),
+    ('0,1', {'ON_NODE': '2', 'PER_TASK': 'a100:2'}, None),
+    ('0,1', {'ON_NODE': '2', 'PER_TASK': 'a100:1,h100'}, None),
+    # What a step of the job's half sees, all of it visible to both.
+    ('0,1', {'ON_NODE': '2'}, (1,)),
+    ('1', {'ON_NODE': '1'}, None),
+  ],
+)
+def test_who_has_which_gpus_under_slurm(visible, slurm, share):
+  two = SLURM | {'SLURM_STEP_TASKS_PER_NODE': '2', 'SLURM_NODEID': '0', 'SLURM_LOCALID': '1'}
+  environment = two | {f'SLURM_GPUS_{name}': number for name, number in slurm.items()}
+  if visible is not None:
+    environment['CUDA_VISIBLE_DEVICES'] = visible
+  assert detect(environment).local_devices == share
 
 
 @pytest.mark.parametrize(

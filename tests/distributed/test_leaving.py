@@ -14,6 +14,10 @@ from folk_jax.distributed import leaving
 from folk_jax.errors import UserError
 
 
+class MissingLabel(UserError):
+  """As some rooms have their own."""
+
+
 def test_a_single_process_loads_no_jax():
   code = (
     'import sys\n'
@@ -41,6 +45,13 @@ def test_sigterm_asks_once_and_then_kills():
     assert not distributed.preempted(1)
 
 
+def test_sigterm_kills_where_nobody_would_look():
+  before = signal.getsignal(signal.SIGTERM)
+  with distributed.joined(None, heed_sigterm=False):
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not distributed.preempted(1)
+
+
 @pytest.mark.parametrize(
   'error, status',
   [
@@ -49,6 +60,7 @@ def test_sigterm_asks_once_and_then_kills():
     (SystemExit(143), 143),
     (SystemExit('text'), 1),
     (UserError('x'), 2),
+    (MissingLabel('x'), 2),
     (KeyboardInterrupt(), 130),
     (ValueError('x'), 1),
   ],
@@ -58,13 +70,14 @@ def test_how_an_error_ends_a_process(error, status):
 
 
 def test_a_failed_process_leaves_at_once_with_its_words_and_status(tmp_path):
-  """Its own clean-up, which would wait for the others, is passed over, and its children end."""
+  """Its own clean-up, which would wait for the others, is passed over, and its children end, whatever they ignore."""
   code = (
-    'import atexit, multiprocessing, sys, time\n'
+    'import atexit, multiprocessing, signal, sys, time\n'
     'from folk_jax.distributed import leaving\n'
     'from folk_jax.errors import UserError\n'
     'if __name__ == "__main__":\n'
-    '  child = multiprocessing.Process(target=time.sleep, args=(600,), daemon=True)\n'
+    '  signal.signal(signal.SIGTERM, signal.SIG_IGN)\n'  # A new program keeps what is ignored.
+    '  child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)\n'
     '  child.start()\n'
     '  print(child.pid, flush=True)\n'
     '  atexit.register(time.sleep, 600)\n'

@@ -76,6 +76,7 @@ def test_scripts_explain_themselves(script):
     ('tpu_pod.sh', ('create', *POD, '--type=v4-8', '--slices=two'), '--slices=two is no number'),
     ('tpu_pod.sh', ('create', *POD, '--type=v4-8', '--slices=2', '--direct'), '--direct makes one slice'),
     ('tpu_pod.sh', ('create', *POD, '--tpye=v4-8'), 'unknown argument --tpye=v4-8'),
+    ('tpu_pod.sh', ('create', *POD, '--type=v4-8', '--retries=0'), '--retries=0 is no number'),
     ('tpu_pod.sh', ('create', '--name=', '--zone=z'), '--name is empty: write --name=VALUE'),
     ('tpu_pod.sh', ('run', *POD), 'after -- the run needs --config=...'),
     ('tpu_pod.sh', ('run', *POD, '--', '--config=c.py'), 'after -- the run needs --workdir=...'),
@@ -191,17 +192,6 @@ def test_a_worker_runs_what_was_said_once_and_stops(worker):
   assert wait_for(worker.home / 'run.status').strip() == '143'
 
 
-# A gcloud that notes its calls and answers from a list of what `keep` asks, a line an answer.
-GCLOUD = r"""#!/usr/bin/env bash
-echo "$3 $4" >>"$TOOLS/calls"
-case "$*" in
-  *describe* | *'cat run.status'*)
-    head -n 1 "$TOOLS/answers"
-    sed -i 1d "$TOOLS/answers" ;;
-esac
-"""
-
-
 @pytest.fixture
 def tools(tmp_path):
   """A PATH of tools that only note what they are called with: `tools(name, script)`."""
@@ -216,60 +206,6 @@ def tools(tmp_path):
   add('sleep', '#!/bin/sh\n')
   add('git', '#!/bin/sh\n')
   return add
-
-
-def test_keep_makes_a_preempted_tpu_again_and_ends_with_the_run(tools):
-  folder = tools('gcloud', GCLOUD)
-  answers = ['NONE', 'PROVISIONING', 'ACTIVE', 'ACTIVE', 'running']
-  answers += ['SUSPENDED', 'ACTIVE', 'ACTIVE', '143', 'ACTIVE', '0']
-  (folder / 'answers').write_text('\n'.join(answers) + '\n')
-  done = bash(
-    LAUNCH / 'tpu_pod.sh', 'keep', *POD, '--type=v6e-16', *RUN,
-    PATH=f'{folder}:{os.environ["PATH"]}', TOOLS=str(folder),
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  assert (folder / 'answers').read_text() == ''
-  calls = (folder / 'calls').read_text().splitlines()
-  kinds = ('create', 'scp', 'delete')
-  assert [c.split()[1] for c in calls if c.split()[1] in kinds] == [
-    'create', 'scp', 'delete', 'create', 'scp'
-  ]  # fmt: skip
-  assert 'the run has ended' in done.stderr
-
-
-def test_keep_gives_up_on_a_mistake_and_fetches_the_logs(tools, tmp_path):
-  folder = tools('gcloud', GCLOUD)
-  (folder / 'answers').write_text('ACTIVE\n2\n')
-  done = bash(
-    LAUNCH / 'tpu_pod.sh', 'keep', *POD, '--type=v6e-16', f'--out={tmp_path}/logs', *RUN,
-    PATH=f'{folder}:{os.environ["PATH"]}', TOOLS=str(folder),
-  )  # fmt: skip
-  assert done.returncode == 2
-  assert done.stderr.splitlines()[-1] == (
-    f'tpu_pod.sh: the run ended with status 2; its logs are in {tmp_path}/logs'
-  )
-  assert (tmp_path / 'logs' / 'folk').is_dir()
-
-
-def test_what_a_worker_says_of_the_run(tools, worker):
-  folder = tools(
-    'gcloud',
-    '#!/bin/bash\ncase "$*" in\n*describe*) echo ACTIVE ;;\n'
-    f'*) printf %s "${{@: -1}}" >{worker.home}.asked; echo 0 ;;\nesac\n',
-  )
-  done = bash(
-    LAUNCH / 'tpu_pod.sh', 'keep', *POD, '--type=v6e-16', *RUN,
-    PATH=f'{folder}:{os.environ["PATH"]}',
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  asked = pathlib.Path(f'{worker.home}.asked').read_text().removeprefix('--command=')
-  assert worker(asked).stdout == 'none\n'
-  worker('sleep 60 >/dev/null 2>&1 & echo $! >folk_jax/run.pid')
-  assert worker(asked).stdout == 'running\n'
-  worker('kill -9 $(cat folk_jax/run.pid); true & echo $! >folk_jax/run.pid; wait')
-  assert worker(asked).stdout == 'none\n'  # Such as after a reboot: the run is started again.
-  (worker.home / 'run.status').write_text('143\n')
-  assert worker(asked).stdout == '143\n'
 
 
 @pytest.mark.parametrize(
