@@ -99,9 +99,27 @@ def _methods(result: Mapping[str, Any]) -> str:
   return f'{_cells(header, rows)}\n\n{words}'
 
 
+def _knn(result: Mapping[str, Any]) -> str:
+  estimate = result['imagenet_estimate']
+  rows = [
+    ['as measured', result['core_seconds'] / 3600, result['peak_mib']],
+    ['ImageNet, extrapolated', estimate['core_hours'], estimate['peak_mib']],
+  ]
+  table = _cells(
+    ['', 'core-hours', 'peak MiB'], [[name, f'{hours:.4f}', peak] for name, hours, peak in rows]
+  )
+  return f'{table}\n\nThe extrapolation: {estimate["how"]}.'
+
+
+def _linear(result: Mapping[str, Any]) -> str:
+  single = result['step_ms']['single']
+  rows = [[name, f'{ms:.1f}', f'{ms / single:.2f}'] for name, ms in result['step_ms'].items()]
+  return _cells(['step', 'ms', 'of the single probe'], rows)
+
+
 def _evaluation(result: Mapping[str, Any]) -> str:
   rows = [
-    [name, key, f'{value:.4f}']
+    [name, key, value if isinstance(value, str) else f'{value:.4f}']
     for name, scores in result['scores'].items()
     for key, value in scores.items()
   ]
@@ -187,6 +205,8 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] 
   ),
   ('The filter on a CPU', 'filter_cpu', 'python benchmarks/filter.py', _filter),
   ('Every filter beside a step', 'filters_cpu', 'python benchmarks/filters.py', _filters),
+  ('kNN at size', 'knn_cpu', 'python benchmarks/knn.py', _knn),
+  ('The sweep of linear probes', 'linear_cpu', 'python benchmarks/linear.py', _linear),
   ('The loader', 'loader_cpu', 'python benchmarks/loader.py --path=FOLDER', _loader),
   ('Beside PyTorch, CPU', 'peer_cpu', 'python benchmarks/peer.py', _peer),
   ('Beside PyTorch, GPU', 'peer_gpu_*', 'benchmarks/gpu.sh --minutes=25', _peer),
