@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from folk_jax.models.fused_attention import fused_attention
+from folk_jax.models.fused_attention import fits, fused_attention
 from folk_jax.signal.shard import in_place, is_even, one_a_device, over_batch
 
 # timm's and DINO's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations out: this is it.
@@ -149,7 +149,10 @@ def _attention_by_cudnn(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int)
 
 
 def _attention_by_pallas(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.Array:
-  if not is_even(product_BT3D.shape[0]):  # The one image that parameters are initialised with.
+  batch, _, packed = product_BT3D.shape
+  # The one image that parameters are initialised with; and decoders, whose heads may be narrower than
+  # the backbone's, which `ViT.check` looks at.
+  if not is_even(batch) or not fits(packed // 3, heads):
     return _attention_by_xla(product_BT3D, bias_3D, heads)
 
   def by_image(product_BT3D, bias_3D):

@@ -33,6 +33,30 @@ CODE = """
 """
 
 
+DECODER = """
+  import jax
+  from folk_jax import config as config_lib
+  from folk_jax.compiled import step as compiled
+  from folk_jax.train import loop, run, sharding
+
+  for recipe in ('mae', 'wavelet_mim'):
+    config = config_lib.load_recipe(f'configs/{recipe}.py', 'smoke')
+    config.model.update({'width': 128, 'heads': 2, 'attention': 'pallas'})
+    made = run.make_run(config, 256)
+    mesh = sharding.make_mesh(1)
+    with jax.set_mesh(mesh):
+      state = jax.eval_shape(made.new_state, jax.random.key(0), {})
+      batch = compiled.abstract_batch(config, sharding.batch_sharding(mesh))
+      traced = loop.compile_step(made, state, mesh).trace(state, batch)
+      print('tpu_custom_call' in traced.lower(lowering_platforms=('tpu',)).as_text())
+"""
+
+
+@pytest.mark.slow
+def test_decoders_of_narrow_heads_do_without_the_kernel(run_with_devices):
+  assert run_with_devices(DECODER, timeout=600).splitlines()[-2:] == ['True', 'True']
+
+
 @pytest.mark.slow
 def test_a_run_on_several_devices_initialises_and_lowers(run_with_devices):
   count, checked = run_with_devices(CODE, timeout=600).splitlines()[-2:]
