@@ -157,12 +157,18 @@ class Compiler:
       images=config.batch_size,
       model_flops=model,
       parameter_sizes=frozenset(sizes),
-      layers=frozenset({config.model.depth} if 'depth' in config.model else ()),
+      layers=_scanned(config),
       features=made.objective.parts.backbone.features,
       fsdp=config.mesh.fsdp,
       view_elements=3 * config.image_size**2,
     )
     return step, sum(sizes)
+
+
+def _scanned(config: ml_collections.ConfigDict) -> frozenset[int]:
+  """How many layers scans go over, of the backbone and of a decoder: a layer's share of stacked parameters."""
+  depths = ((config.model, 'depth'), (config.objective, 'decoder_depth'))
+  return frozenset(part[name] for part, name in depths if name in part)
 
 
 def _abstract_state(made: run.Run) -> Any:
