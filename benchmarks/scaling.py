@@ -14,57 +14,29 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 from typing import Any
 
 import report
 
 from folk_jax.errors import UserError
 
-_IMAGENET = 1_281_167
 DEVICES = (1, 2, 4, 8)
 
 
 def one(flags: argparse.Namespace) -> dict[str, Any]:
   """Compiles, and times where that means something, on this process's devices."""
   import jax
-  import numpy as np
+  import recipe_step
 
   from folk_jax.compiled import cost, hlo
-  from folk_jax.config import load_recipe
-  from folk_jax.train import loop, sharding
-  from folk_jax.train.run import make_run
 
-  path, _, argument = flags.config.partition(':')
-  config = load_recipe(str(report.ROOT / path), argument or None)
+  config = recipe_step.load(flags.config)
   devices = jax.device_count()
-  config.batch_size, config.epochs, config.total_steps = flags.batch * devices, 300, 0
-  mesh = sharding.make_mesh()
-  side = config.image_size
-  shape = (config.batch_size, len(config.views), side, side, 3)
-  batch = {
-    'views': np.random.default_rng(0).integers(0, 256, shape, np.uint8),
-    'label': np.zeros(config.batch_size, np.int32),
-    'index': np.arange(config.batch_size),
-    'valid': np.ones(config.batch_size, bool),
-  }
-  with jax.set_mesh(mesh):
-    run = make_run(config, _IMAGENET, 1000)
-    shapes = jax.eval_shape(run.new_state, jax.random.key(0), {})
-    shardings = sharding.state_shardings(shapes, mesh)
-    state = jax.jit(run.new_state, out_shardings=shardings)(jax.random.key(0), {})
-    batch = sharding.put_batch(batch, mesh)
-    step = loop.compile_step(run, state, mesh).lower(state, batch).compile()
-    seconds = None
-    if jax.default_backend() != 'cpu':
-      for _ in range(3):
-        state, _ = step(state, batch)
-      jax.block_until_ready(state)
-      began = time.perf_counter()
-      for _ in range(flags.steps):
-        state, _ = step(state, batch)
-      jax.block_until_ready(state)
-      seconds = (time.perf_counter() - began) / flags.steps
+  config.batch_size = flags.batch * devices
+  step, state, batch, _ = recipe_step.compiled(config)
+  seconds = None
+  if jax.default_backend() != 'cpu':
+    seconds, _ = recipe_step.seconds_a_step(step, state, batch, flags.steps)
   visits, _ = cost.visits(hlo.parse(step.as_text()))
   return {
     'device': jax.devices()[0].device_kind,

@@ -14,14 +14,11 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 from typing import Any
 
 import report
 
 from folk_jax.errors import UserError
-
-_IMAGENET = 1_281_167
 
 
 def peak_flops(dtype: str) -> float:
@@ -40,18 +37,15 @@ def one(flags: argparse.Namespace) -> dict[str, Any]:
   """Times one batch size and setting in this process."""
   import jax
   import numpy as np
+  import recipe_step
 
   from folk_jax.compiled.step import Compiler
-  from folk_jax.config import load_recipe
-  from folk_jax.train import loop, sharding
-  from folk_jax.train.run import compute_dtype, make_run
+  from folk_jax.train.run import compute_dtype
 
-  path, _, argument = flags.config.partition(':')
-  config = load_recipe(str(report.ROOT / path), argument or None)
+  config = recipe_step.load(flags.config)
   attention, remat = flags.one.split(':')
   config.batch_size = int(flags.batches)
   config.model.attention, config.model.remat = attention, remat
-  config.epochs, config.total_steps = 300, 0  # The schedules' length; nobody waits for it.
   if flags.dtype:
     config.model.dtype = flags.dtype
   dtype = compute_dtype(config.model.dtype)
@@ -61,31 +55,13 @@ def one(flags: argparse.Namespace) -> dict[str, Any]:
         {f'{name}_probability': 0.0 for name in ('jitter', 'grayscale', 'blur', 'solarise')}
       )
   peak = peak_flops(dtype)
-  own = Compiler(flags.config, None, _IMAGENET, 1000).expected(config)[0].model_flops
-  mesh = sharding.make_mesh()
-  side = config.image_size
-  shape = (config.batch_size, len(config.views), side, side, 3)
-  batch = {
-    'views': np.random.default_rng(0).integers(0, 256, shape, np.uint8),
-    'label': np.zeros(config.batch_size, np.int32),
-    'index': np.arange(config.batch_size),
-    'valid': np.ones(config.batch_size, bool),
-  }
-  with jax.set_mesh(mesh):
-    run = make_run(config, _IMAGENET, 1000)
-    state = jax.jit(run.new_state)(jax.random.key(0), {})
-    batch = sharding.put_batch(batch, mesh)
-    began = time.perf_counter()
-    step = loop.compile_step(run, state, mesh).lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - began
-    for _ in range(3):
-      state, metrics = step(state, batch)
-    jax.block_until_ready(state)
-    began = time.perf_counter()
-    for _ in range(flags.steps):
-      state, metrics = step(state, batch)
-    jax.block_until_ready(state)
-    seconds = (time.perf_counter() - began) / flags.steps
+  own = (
+    Compiler(flags.config, None, recipe_step.IMAGENET, recipe_step.CLASSES)
+    .expected(config)[0]
+    .model_flops
+  )
+  step, state, batch, compile_seconds = recipe_step.compiled(config)
+  seconds, metrics = recipe_step.seconds_a_step(step, state, batch, flags.steps)
   device = jax.devices()[0]
   memory = (device.memory_stats() or {}).get('peak_bytes_in_use', 0)
   planned = step.memory_analysis().temp_size_in_bytes
@@ -97,7 +73,7 @@ def one(flags: argparse.Namespace) -> dict[str, Any]:
     'dtype': dtype,
     'images_per_second': config.batch_size / seconds,
     'ms_per_step': 1e3 * seconds,
-    'mfu': own / seconds / (peak * mesh.size),
+    'mfu': own / seconds / (peak * jax.device_count()),
     'model_gflop_an_image': own / config.batch_size / 1e9,
     'peak_tflops': peak / 1e12,
     'peak_memory_gib': memory / 2**30,
