@@ -57,6 +57,14 @@ EXTRAS = {
   # importlib_resources without declaring it.
   'prepare': ['importlib_resources>=7.1.0', 'tensorflow-cpu>=2.21.0'],
   'parity': ['timm>=1.0.31', 'torch>=2.13.0', 'torchvision>=0.28.0'],
+  # The documentation as a site: launch/docs.sh.
+  'docs': [
+    'mkdocs>=1.6.1',
+    'mkdocs-material>=9.8.1',
+    'mkdocstrings-python>=2.0.11',
+  ],
+  # Workdirs in a bucket of Google's: gs://...
+  'gcs': ['gcsfs>=2026.10.1'],
   'dev': [
     'hypothesis>=6.170.15',
     'packaging>=26.3',

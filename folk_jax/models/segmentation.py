@@ -30,7 +30,8 @@ def resize(x_NhwC: jax.Array, height: int, width: int) -> jax.Array:
 
   Args:
     x_NhwC: float [N, h, w, C].
-    height, width: wanted, in positions.
+    height: wanted, in positions.
+    width: wanted, in positions.
 
   Returns:
     [N, height, width, C], the same dtype.

@@ -44,7 +44,7 @@ class Folk:
     com_probability: probability that the selected ones are kept (Com), in [0, 1]; removed (RCom) otherwise [D].
     ranking: 'shared' (one mask, ranked by the sum over channels) or 'per_channel' [D].
     radius: of the radial filters, at 224 pixels; the others don't use it.
-    clamp: whether filtered views are clamped to [0, 1] [D].
+    clamp: whether filtered views are clamped to [0, 1]; [D].
     gamma: exponent of the frequency distance [D].
     reduce: 'per_image' or 'pooled' [D].
     reconstruction_weight, distillation_weight, patch_weight: weights of the losses; 0 leaves the part out [D].

@@ -1,0 +1,76 @@
+"""Writes the table of docs/reliability.md from benchmarks/results/faults_*.json: no figure there is typed.
+
+  python benchmarks/reliability_page.py
+
+Only what stands between the marks is replaced; the words around it are written by hand.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import report
+from measured_tables import cells
+
+from folk_jax.errors import UserError
+
+_RESULTS = report.ROOT / 'benchmarks' / 'results'
+_PAGE = report.ROOT / 'docs' / 'reliability.md'
+_BEGIN, _END = '<!-- faults: begin -->', '<!-- faults: end -->'
+
+# File -> heading, in the order of a run's life.
+_SCRIPTS = {
+  'kill': 'Killed',
+  'elastic': 'Resumed elsewhere',
+  'storage': 'Storage and checkpoints',
+  'data': 'Data',
+  'training': 'Training',
+  'determinism': 'The same twice',
+  'soak': 'An hour at a stretch',
+}
+
+
+def _script(name: str, title: str) -> str:
+  file = _RESULTS / f'faults_{name}.json'
+  command = f'python benchmarks/faults/{name}.py'
+  if not file.exists():
+    return f'### {title}\n\nNot run. The command is `{command}`.'
+  result = json.loads(file.read_text(encoding='utf-8'))
+  rows = [_row(row) for row in result['rows']]
+  header = ['fault', 'promised', 'how it was tried', 'tried', 'kept', 'lost']
+  machine = result['machine']
+  source = (
+    f'`{command}`, {machine["cores"]} cores of an {machine["processor"]}, {result["date"][:10]}.'
+  )
+  return f'### {title}\n\n{cells(header, rows)}\n\n{source}'
+
+
+def _row(row: Mapping[str, Any]) -> list[Any]:
+  lost = '; '.join(row['lost']) if isinstance(row['lost'], list) else row['lost']
+  return [row['fault'], row['promise'], row['how'], row['trials'], row['kept'], lost or 'nothing']
+
+
+def _verdict() -> str:
+  rows = [
+    row
+    for name in _SCRIPTS
+    if (file := _RESULTS / f'faults_{name}.json').exists()
+    for row in json.loads(file.read_text(encoding='utf-8'))['rows']
+  ]
+  trials, kept = sum(row['trials'] for row in rows), sum(row['kept'] for row in rows)
+  return f'**{len(rows)} kinds of fault, tried {trials:,} times in all; the promise was kept {kept:,} times.**'
+
+
+def main() -> None:
+  page = _PAGE.read_text(encoding='utf-8')
+  if page.count(_BEGIN) != 1 or page.count(_END) != 1:
+    raise UserError(f'{_PAGE} must hold {_BEGIN} and {_END} once each')
+  before, _, rest = page.partition(_BEGIN)
+  parts = [_verdict(), *(_script(name, title) for name, title in _SCRIPTS.items())]
+  section = '\n\n'.join(parts)
+  _PAGE.write_text(f'{before}{_BEGIN}\n\n{section}\n\n{_END}{rest.partition(_END)[2]}', 'utf-8')
+  print(f'written to {_PAGE}')
+
+
+if __name__ == '__main__':
+  report.main(main)

@@ -1,0 +1,207 @@
+"""Writes the tables and figures of docs/study.md from benchmarks/results/study_*.json: no figure there is typed.
+
+  python benchmarks/study_page.py
+
+Only what stands between two marks of a name is replaced; the words around it are written by hand. What has not been
+run says so, with its command.
+"""
+
+import json
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import report
+from measured_tables import cells
+from studies import STUDIES, Study
+
+from folk_jax.errors import UserError
+
+_RESULTS = report.ROOT / 'benchmarks' / 'results'
+_PAGE = report.ROOT / 'docs' / 'study.md'
+_FIGURES = report.ROOT / 'docs' / 'figures'
+
+# Column -> (part, score, factor to percent). The first score of a part that is there counts.
+_COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
+  'kNN': ('frozen', ('knn/top1_k20',)),
+  'linear': ('frozen', ('linear_cached/top1',)),
+  '1-shot': ('frozen', ('low_shot/1_images_a_class',)),
+  '5-shot': ('frozen', ('low_shot/5_images_a_class',)),
+  '10-shot': ('frozen', ('low_shot/10_images_a_class',)),
+  '1 %': ('frozen', ('low_shot/1_percent',)),
+  '10 %': ('frozen', ('low_shot/10_percent',)),
+  'fine-tuned': ('finetune', ('finetune/top1',)),
+  'error on corruptions': ('corruptions', ('robustness/linear_cached/error_corruptions_mean',)),
+}
+_VALIDATED = {
+  'kNN': ('train', ('knn_top1',)),
+  'linear': ('train', ('linear_cached_top1',)),
+}
+
+
+def columns(study: Study) -> Mapping[str, tuple[str, tuple[str, ...]]]:
+  return {k: v for k, v in _COLUMNS.items() if v[0] in study.parts} if study.parts else _VALIDATED
+
+
+def score(row: Mapping[str, Any], column: tuple[str, tuple[str, ...]]) -> float | None:
+  part, names = column
+  found = row['parts'].get(part, {}).get('scores', {})
+  return next((100 * found[name] for name in names if name in found), None)
+
+
+def spread(values: Sequence[float]) -> str:
+  """Mean and sample standard deviation of the seeds that are there."""
+  if not values:
+    return 'not run'
+  if len(values) == 1:
+    return f'{values[0]:.1f} (1 seed)'
+  return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
+
+
+def table(study: Study, rows: Sequence[Mapping[str, Any]], budget: str) -> str:
+  """Methods down, evaluations across."""
+  asked = columns(study)
+  header = ['method', 'steps', 'GFLOP an image', *asked]
+  lines = []
+  for method in study.methods:
+    own = [r for r in rows if r['method'] == method.name and r['budget'] == budget]
+    if not own and budget == 'compute':
+      continue
+    work = [f'{own[0]["steps"]:,}', f'{own[0]["gflop_an_image"]:.3g}'] if own else ['', '']
+    values = [
+      [v for v in (score(row, column) for row in own) if v is not None] for column in asked.values()
+    ]
+    lines.append([method.name, *work, *(spread(value) for value in values)])
+  return cells(header, lines)
+
+
+def paired(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
+  """What each method has over its reference with the same seed: mean, and in how many seeds it is above."""
+  asked = {k: v for k, v in columns(study).items() if k in ('kNN', 'linear')}
+  by_key = {(r['method'], r['seed']): r for r in rows if r['budget'] == 'epochs'}
+  lines = []
+  for method in study.methods:
+    line = [method.name]
+    for column in asked.values():
+      gains = []
+      for (name, seed), row in by_key.items():
+        base = by_key.get((method.reference, seed))
+        if name != method.name or base is None:
+          continue
+        ours, theirs = score(row, column), score(base, column)
+        if ours is not None and theirs is not None:
+          gains.append(ours - theirs)
+      if gains:
+        above = sum(gain > 0 for gain in gains)
+        mean = f'{statistics.mean(gains):+.1f}'
+        error = f' ± {statistics.stdev(gains):.1f}' if len(gains) > 1 else ''
+        line += [mean + error, f'{above} of {len(gains)}']
+      else:
+        line += ['', '']
+    if any(line[1:]):
+      lines.append(line)
+  header = ['method']
+  for name in asked:
+    header += [f'{name}, points', 'seeds above']
+  return cells(header, lines) if lines else ''
+
+
+def draw(study: Study, rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+  """kNN and linear of every method: a dot a seed, a bar for the mean; the random network as a line."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+
+  rows = [r for r in rows if r['budget'] == 'epochs']
+  asked = {k: v for k, v in columns(study).items() if k in ('kNN', 'linear')}
+  names = [m.name for m in study.methods if any(r['method'] == m.name for r in rows)][::-1]
+  height = 1.2 + 0.32 * len(names)
+  figure, axes = plt.subplots(
+    1, len(asked), figsize=(10, height), sharey=True, constrained_layout=True
+  )
+  for axis, (title, column) in zip(axes, asked.items(), strict=True):
+    for place, name in enumerate(names):
+      values = [score(r, column) for r in rows if r['method'] == name]
+      values = [v for v in values if v is not None]
+      if values:
+        random = name.startswith('random') or name == 'none'
+        colour = 'grey' if random else 'C0'
+        axis.scatter(values, [place] * len(values), s=18, color=colour, alpha=0.8, zorder=3)
+        mean = statistics.mean(values)
+        axis.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=2)
+        if random:
+          axis.axvline(mean, color='grey', linestyle=':', linewidth=1)
+    axis.set(title=f'{title}, top-1 %', yticks=range(len(names)), yticklabels=names)
+    axis.grid(axis='x', alpha=0.3)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def section(study: Study) -> str:
+  """A study's tables, or what to run for them."""
+  file = _RESULTS / f'study_{study.name}.json'
+  command = f'python benchmarks/study.py --study={study.name} --path=DIR'
+  head = [f'## {study.title}', study.about]
+  if not file.exists():
+    rows = len(study.methods) * len(study.seeds)
+    return '\n\n'.join(
+      [*head, f'**Not run** ({rows} rows at equal epochs). The command is `{command}`.']
+    )
+  result = json.loads(file.read_text(encoding='utf-8'))
+  rows = result['rows']
+  figure = _FIGURES / f'study_{study.name}.png'
+  draw(study, rows, figure)
+  parts = [*head]
+  parts.append(f'![{study.title}: a dot a seed, a bar for the mean](figures/{figure.name})')
+  budgets = dict.fromkeys(budget for budget, _ in study.stages)
+  for budget in budgets:
+    if any(row['budget'] == budget for row in rows):
+      parts += [f'### Equal {budget}', table(study, rows, budget)]
+    else:
+      parts += [f'### Equal {budget}', f'Not run. The command is `{command} --budgets={budget}`.']
+  words = 'the same network at random initialisation' if study.parts else 'FOLK as it is'
+  if gains := paired(study, rows):
+    parts += [f'### Against {words}, same seed, equal epochs', gains]
+  wanted = sum(
+    len(study.seeds) * sum(1 for m in study.methods if not _idle(study, m, budget))
+    for budget, _ in study.stages
+  )
+  there = sum(
+    part in row['parts'] and row['seed'] in study.seeds
+    for budget, part in study.stages
+    for row in rows
+    if row['budget'] == budget
+  )
+  machine = result['machine']
+  rest = '' if there == wanted else f' The rest is not run: `{command}` goes on.'
+  loads = [part['load_average'] for row in rows for part in row['parts'].values()]
+  parts.append(
+    f'{there} of {wanted} parts run, {machine["device"]}, {machine["cores"]} cores of an {machine["processor"]}, '
+    f'{result["date"][:10]}. Accuracies in percent, mean and standard deviation over seeds. The machine did other work '
+    f'beside it (load {min(loads):.0f} to {max(loads):.0f}), so no times are given.{rest}'
+  )
+  return '\n\n'.join(parts)
+
+
+def _idle(study: Study, method: Any, budget: str) -> bool:
+  untrained = method.changes.get('optimizer.learning_rate') == 0.0
+  return budget == 'compute' and (method is study.methods[0] or untrained)
+
+
+def main() -> None:
+  page = _PAGE.read_text(encoding='utf-8')
+  for study in STUDIES.values():
+    begin, end = f'<!-- {study.name}: begin -->', f'<!-- {study.name}: end -->'
+    if page.count(begin) != 1 or page.count(end) != 1:
+      raise UserError(f'{_PAGE} must hold {begin} and {end} once each')
+    before, _, rest = page.partition(begin)
+    page = f'{before}{begin}\n\n{section(study)}\n\n{end}{rest.partition(end)[2]}'
+  _PAGE.write_text(page, encoding='utf-8')
+  print(f'written to {_PAGE}')
+
+
+if __name__ == '__main__':
+  report.main(main)
