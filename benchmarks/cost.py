@@ -153,6 +153,8 @@ def main() -> None:
   where = kind(flags)
   out = flags.out or report.ROOT / 'benchmarks' / 'results' / f'cost_{where}.json'
   rows = json.loads(out.read_text(encoding='utf-8'))['rows'] if out.exists() else []
+  if strangers := {row['topology'] for row in rows} - {flags.topology}:
+    raise UserError(f'{out} holds rows of {strangers.pop() or where}: name another --out')
   there = {(row['method'], row['size'], row['batch'], row['image_size']) for row in rows}
   # The common point of each size first: half a table is then one that can be read.
   points = sorted(
@@ -177,6 +179,7 @@ def main() -> None:
       print(f'  left out: {last[:200]}', file=sys.stderr)
       continue
     about = {'method': name, 'size': size, 'batch': batch, 'image_size': side}
+    about['topology'] = flags.topology
     row = about | json.loads(done.stdout.strip().splitlines()[-1])
     context = report.context(row['device'])
     row |= {'date': context['date'], 'load_average': context['machine']['load_average']}

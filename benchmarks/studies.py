@@ -69,7 +69,12 @@ class Study:
 
 
 # What a random network scores is the line that every other has to beat: at a learning rate of 0 a step changes nothing.
-_UNTRAINED = {'optimizer.learning_rate': 0.0, 'optimizer.final_learning_rate': 0.0}
+_UNTRAINED = {
+  'optimizer.learning_rate': 0.0,
+  'optimizer.final_learning_rate': 0.0,
+  'optimizer.warmup_epochs': 0.0,
+  'optimizer.freeze_last_layer_epochs': 0.0,
+}
 _CLASS_TOKEN = 'random initialisation, class token'
 _MEAN_OF_PATCHES = 'random initialisation, mean of patches'
 _RANDOM = (
@@ -114,18 +119,41 @@ def _full_size(methods: tuple[Method, ...], size: str) -> tuple[Method, ...]:
   )
 
 
-def ablations(names: tuple[str, ...] = ()) -> tuple[Method, ...]:
-  """The lines of configs/ablations.py, all or those named."""
+# Judged by the mean of patches, as what is compared with it: a line that is no ablation.
+_NONE_BY_PATCHES = 'none, mean of patches'
+
+
+def ablations(names: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> tuple[Method, ...]:
+  """The lines of configs/ablations.py, all or those named, FOLK as it is first.
+
+  What an ablation changes is said once more as fields, so that a study's own changes don't undo it.
+  """
   spec = importlib.util.spec_from_file_location('ablations', ROOT / 'configs' / 'ablations.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return tuple(
-    Method(name, 'ablations.py', name, reference='' if name == 'none' else 'none')
+  lines = [
+    Method(
+      name,
+      'ablations.py',
+      name,
+      changes=module.ABLATIONS[name][1],
+      reference={'none': '', 'no_distillation': _NONE_BY_PATCHES}.get(name, 'none'),
+    )
     for name in names or module.ABLATIONS
+    if name not in without
+  ]
+  patches = Method(
+    _NONE_BY_PATCHES, 'ablations.py', 'none', changes={'evaluation.feature': 'mean_patch'}
   )
+  return (lines[0], patches, *lines[1:])
 
 
-_QUIET = {'log_every': 30, 'logging.tensorboard': False, 'checkpoint.permanent_every': 0}
+_QUIET = {
+  'log_every': 30,
+  'logging.tensorboard': False,
+  'checkpoint.permanent_every': 0,
+  'report': False,
+}
 # Judged by the parts: during training only the loss is watched.
 _UNJUDGED = {
   **_QUIET,
@@ -176,7 +204,7 @@ _EPOCHS_THEN_COMPUTE = (
 
 _VIT_S_4 = {'model.width': 384, 'model.depth': 12, 'model.heads': 6, 'model.patch': 4}
 _LONGER = {
-  # A momentum for tens of thousands of steps, and the paper's rising temperature.
+  # For thousands of steps where the small recipe has hundreds.
   'teacher.momentum': 0.99,
   'teacher.momentum_final': 1.0,
   'optimizer.learning_rate': 1e-3,
@@ -305,7 +333,8 @@ STUDIES = {
         'ViT-S with patches of 4 pixels at 32 px, 50 epochs in batches of 512, on a GPU. Judged on a tenth of the '
         'training images that training did not see.'
       ),
-      methods=ablations(),
+      # Views of 32 px have no blur, and a momentum from 0.99 on is this study's own.
+      methods=ablations(without=('no_blur', 'momentum_low')),
       arg='cifar10',
       evaluate='',
       steps=4400,

@@ -12,6 +12,7 @@ matrices as the study's first one (counted by tracing its step, no figure of whi
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -275,6 +276,23 @@ def evaluate(
   return {'seconds': round(seconds, 1), 'scores': scores}
 
 
+def check_settings(study: Study, method: Method, row: dict[str, Any], path: str) -> None:
+  """Refuses to go on with a row that was begun with other settings: its parts would not belong together.
+
+  Raises:
+    UserError: they differ from the row's.
+  """
+  config = configuration(study, method, path).to_dict()
+  config['data'].pop('path')
+  settings = json.dumps([config, row['steps'], study.parts], sort_keys=True, default=str)
+  digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+  if row.setdefault('settings', digest) != digest:
+    raise UserError(
+      f'{method.name}, equal {row["budget"]}, seed {row["seed"]} was begun with other settings: name another --out '
+      'and --workdir, or remove the row from the JSON and its folder'
+    )
+
+
 def show(study: Study, rows: Rows, flags: argparse.Namespace) -> None:
   """What stands, and what was not run, with its command."""
   missing: dict[tuple[str, str], int] = {}
@@ -316,6 +334,7 @@ def main() -> None:
       steps = study.steps if budget == 'epochs' else round(study.steps * first / own)
       steps = UNTRAINED_STEPS if is_untrained(method) else steps
       row |= {'steps': steps, 'gflop_an_image': own / 1e9}
+      check_settings(study, method, row, flags.path)
       name = ''.join(c if c.isalnum() else '_' for c in method.name.lower())
       workdir = flags.workdir / f'{name}_{budget}_{seed}'
       print(f'== {method.name}, equal {budget}, seed {seed}: {part} ({steps} steps)', flush=True)

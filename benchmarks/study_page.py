@@ -65,9 +65,9 @@ def table(study: Study, rows: Sequence[Mapping[str, Any]], budget: str) -> str:
   header = ['method', 'steps', 'GFLOP an image', *asked]
   lines = []
   for method in study.methods:
-    own = [r for r in rows if r['method'] == method.name and r['budget'] == budget]
-    if not own and budget == 'compute':
-      continue
+    # What equal compute is measured by, and what has no length, stand there as they are at equal epochs.
+    of = 'epochs' if _idle(study, method, budget) else budget
+    own = [r for r in rows if r['method'] == method.name and r['budget'] == of]
     work = [f'{own[0]["steps"]:,}', f'{own[0]["gflop_an_image"]:.3g}'] if own else ['', '']
     values = [
       [v for v in (score(row, column) for row in own) if v is not None] for column in asked.values()

@@ -16,6 +16,8 @@ _NO_TEACHER = {
   'objective.distillation_weight': 0.0,
   'teacher.enabled': False,
   'evaluation.which': 'student',
+  # No loss reaches the class token then.
+  'evaluation.feature': 'mean_patch',
 }
 _FILTERS = {
   'com': 'Com alone: the strongest frequencies are kept',

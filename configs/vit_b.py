@@ -116,6 +116,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.data.threads = 1  # In each of them.
   c.data.prefetch = 1  # Batches ahead, in each worker; docs/data.md has the memory.
   c.data.max_bad_share = 0.01  # Undecodable files are skipped; past this share the run stops.
+  c.data.decode_seconds = 60.0  # A file that takes longer to decode is skipped too; 0: no limit.
   c.data.limit = 0  # Use so many samples, evenly spread; 0: all.
   c.data.images_a_class = 0  # Train on so many of each class, drawn at random; 0: all. Or:
   c.data.label_share = 0.0  # This share of each class, 1 image at least; 0: all.
@@ -174,12 +175,27 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.log_every = 50
   c.eval_every = 12510  # Steps; 0: only at start and end.
   c.logging = ml_collections.ConfigDict({'tensorboard': True, 'wandb': False, 'progress': True})
+  c.report = True  # At the end a page of curves and pictures, <workdir>/report.html.
   c.guard = ml_collections.ConfigDict()
-  c.guard.on_nonfinite = 'stop'  # Or 'warn'.
+  c.guard.on_nonfinite = 'skip'  # A step with non-finite numbers updates nothing; or 'stop'.
+  c.guard.max_skipped = 10  # Steps in a row; one more stops the run.
+  c.guard.max_skipped_share = 0.01  # Of the last 1000 steps; more stop the run.
   c.guard.on_collapse = 'warn'  # Or 'stop'.
   c.guard.collapse_entropy = 0.99  # Teacher entropy / ln K above this is a uniform teacher ...
-  c.guard.collapse_rank = 1.05  # ... effective rank of the features below this a single direction.
+  c.guard.collapse_mean_entropy = 0.05  # ... of its mean output, below this: one output for all.
+  c.guard.collapse_rank = (
+    1.05  # Effective rank of the features below this is a single direction ...
+  )
+  c.guard.collapse_std = 0.02  # ... their spread, 1 over the whole sphere, below this one feature.
   c.guard.patience = 5  # Log points in a row.
+  c.guard.spike_deviations = 12.0  # A loss so many deviations (MAD) above the median; 0: none.
+  c.guard.spike_window = 256  # Of so many of the last losses.
+  c.debug = False  # Checks inside the step, slow; the first that fails stops the run by name.
+  c.watchdog = ml_collections.ConfigDict()
+  c.watchdog.seconds = 120.0  # After so long say what the run waits for, then again; 0: never.
+  # After so long end it, with status 75: start it again; 0: never. Saves, evaluations and compilation have ten times
+  # as long: a tenth of the slowest of them is the least.
+  c.watchdog.limit = 0.0
   c.spectral_backend = 'auto'  # Fourier transforms: 'fft', 'matmul', or 'auto' ('matmul' on TPU).
   c.profile_steps = (
     0  # So many steps, from the 11th of a start on, are traced into <workdir>/profile.
@@ -204,3 +220,4 @@ def smoke(c: ml_collections.ConfigDict) -> None:
   c.optimizer.warmup_epochs = 0.1
   c.checkpoint.update({'every': 2, 'permanent_every': 0})
   c.log_every, c.eval_every = 1, 0
+  c.report = False

@@ -23,7 +23,10 @@ FREE_TO_CHANGE = (
   'checkpoint',
   'evaluation',
   'logging',
+  'report',
   'guard',
+  'watchdog',
+  'debug',
   'mesh',
   'accumulate',
   'compilation_cache',
@@ -31,6 +34,7 @@ FREE_TO_CHANGE = (
   'data.threads',
   'data.prefetch',
   'data.max_bad_share',
+  'data.decode_seconds',
   'data.path',  # Where the images lie may change; that they are the same ones the loop checks.
   'model.remat',
   'model.attention',
@@ -140,11 +144,12 @@ def format_arg(values: Mapping[str, Any]) -> str:
   """The text that `parse_arg` reads as `values`; what is False or empty is left out."""
   items = []
   for name, value in values.items():
-    quote = '"' if "'" in str(value) else "'"
     if value is True:
       items.append(name)
-    elif value not in (False, ''):
-      items.append(f'{name}={quote}{value}{quote}')
+    elif value is not False and value != '':
+      # A quote of one kind stands in quotes of the other.
+      text = str(value).replace("'", "'\"'\"'")
+      items.append(f"{name}='{text}'")
   return ','.join(items)
 
 

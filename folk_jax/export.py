@@ -27,6 +27,16 @@ _UNDER = {'student': ('params', 'backbone'), 'teacher': ('opt_state', '**', 'tea
 # Features after a final norm are of order 1, and float32 agrees to about 1e-6 times the depth. A ResNet
 # ends without a norm: where the features' root mean square is above 1, this is a share of it.
 VERIFY_TOLERANCE = 1e-4
+# What is read of a run's configuration, which somebody else may have written.
+_FIELDS = {
+  'teacher.enabled': bool,
+  'model.name': str,
+  'image_size': int,
+  'data.mean': list,
+  'data.std': list,
+  'data.interpolation': str,
+  'data.test_resize': int,
+}
 # Fields of a model that choose how it is computed; these run on any device.
 _PLAIN = {'dtype': 'float32', 'attention': 'xla'}
 
@@ -139,16 +149,29 @@ def export(
 
 
 def read_config(workdir: str) -> dict[str, Any]:
-  """A run's configuration. Raises `UserError` where `workdir` holds none."""
+  """A run's configuration. Raises `UserError` where `workdir` holds none that can be exported."""
   file = epath.Path(workdir).expanduser() / 'config.json'
   try:
-    return json.loads(file.read_text())
+    config = checkpoint.read_json(file)
   except OSError as error:
     raise UserError(
       f'{workdir} holds no run: there is no {file}; give the --workdir of a run'
     ) from error
-  except json.JSONDecodeError as error:
-    raise UserError(f'{file} is damaged: {error}') from error
+  for name, kind in _FIELDS.items():
+    node = config
+    for key in name.split('.'):
+      node = node.get(key) if isinstance(node, dict) else None
+    if not isinstance(node, kind):
+      raise UserError(
+        f"{file} is no run's configuration: {name} is {node!r}, expected a {kind.__name__}"
+      )
+  if (model := config['model']['name']) not in timm_lib.NAMES:
+    raise UserError(
+      f'{file}: model.name {model!r} has no names in timm; known: {", ".join(timm_lib.NAMES)}'
+    )
+  if missing := set(timm_lib.NAMES[model].fields) - config['model'].keys():
+    raise UserError(f"{file} is no run's configuration: it lacks model.{min(missing)}")
+  return config
 
 
 def describe(config: Mapping[str, Any]) -> dict[str, Any]:

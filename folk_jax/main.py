@@ -4,7 +4,8 @@
 
 A workdir that holds a run is resumed. Any field is set with --config.a.b=value; recipes take arguments after a colon,
 such as --config=configs/vit_b.py:data=folder,path=/images. Exit status: 0 done, 2 a mistake in what was asked (one
-line on stderr), 143 saved and stopped by SIGTERM (start it again), 1 anything else. SIGTERM ends an evaluation at
+line on stderr), 143 saved and stopped by SIGTERM (start it again), 130 saved and stopped by Ctrl-C or another SIGINT,
+1 anything else. A second signal leaves at once, and the newest checkpoint is whole. Signals end `task=evaluate` at
 once: it keeps its results piece by piece.
 
 Several processes are one run where TPU pods, GKE, Slurm or Open MPI start them, and with three flags anywhere else:
@@ -12,6 +13,7 @@ Several processes are one run where TPU pods, GKE, Slurm or Open MPI start them,
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -20,8 +22,13 @@ from ml_collections import config_flags
 
 from folk_jax import cli, distributed
 from folk_jax import config as config_lib
-from folk_jax.distributed import leaving
 from folk_jax.errors import UserError
+
+if __name__ == '__mp_main__':
+  # A loader's worker of this command, which begins by importing it. A terminal sends Ctrl-C, and Slurm SIGTERM, to all
+  # processes; they are for the command, which needs batches up to the step that it saves, and which ends its workers.
+  for _number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(_number, signal.SIG_IGN)
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -91,8 +98,8 @@ def _check_bucket(workdir: str) -> None:
 
 
 TASKS: dict[str, Callable] = {'pretrain': _pretrain, 'evaluate': _evaluate}
-# Those that look for SIGTERM at every step, and save.
-_HEEDING_SIGTERM = ('pretrain',)
+# Those that look for signals at every step, and save.
+_HEEDING_SIGNALS = ('pretrain',)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -107,9 +114,9 @@ def main(argv: Sequence[str]) -> None:
   cluster = distributed.with_devices(
     cluster or distributed.detect(os.environ), _LOCAL_DEVICES.value
   )
-  heeds = config.task in _HEEDING_SIGTERM
+  heeds = config.task in _HEEDING_SIGNALS
   try:
-    with distributed.joined(cluster, _MEETING_SECONDS.value, heed_sigterm=heeds) as several:
+    with distributed.joined(cluster, _MEETING_SECONDS.value, heed_signals=heeds) as several:
       if several:
         distributed.check_alike(configuration=_common(config), workdir=_WORKDIR.value)
         distributed.check_shared(_WORKDIR.value)
@@ -117,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
         TASKS[config.task](config, _WORKDIR.value)
       except distributed.Preempted as told:
         print(f'stopped: {told}', file=sys.stderr)
-        sys.exit(leaving.STATUS)
+        sys.exit(told.status)
   except distributed.NotMet as late:
     print(f'error: {cli.one_line(str(late))}', file=sys.stderr)
     sys.exit(1)

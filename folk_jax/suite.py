@@ -18,8 +18,8 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from folk_jax import checkpoint, data, models
 from folk_jax import config as config_lib
-from folk_jax import data, models
 from folk_jax.errors import UserError
 from folk_jax.evals import cache, features, fewshot, logistic
 from folk_jax.signal.augment import normalise
@@ -52,7 +52,7 @@ def adopt_run(config: ml_collections.ConfigDict) -> None:
       )
     return
   workdir, _ = initial.find_run(path)
-  run = json.loads((workdir / 'config.json').read_text())
+  run = checkpoint.read_json(workdir / 'config.json')
   if run['model']['name'] != config.model.name:
     arg = 'model=resnet50' if run['model']['name'] == 'resnet' else 'model=vit_b'
     raise UserError(
@@ -207,8 +207,9 @@ class Suite:
     `place` is that workdir's name, the recipe's by default. Returns the configuration that ran, and the workdir.
     """
     config = self.config[recipe].copy_and_resolve_references()
-    weights = {'init_from': self.config.checkpoint, 'init_which': self.config.evaluation.which}
-    config.update_from_flattened_dict(weights | dict(changes))
+    own = {'init_from': self.config.checkpoint, 'init_which': self.config.evaluation.which}
+    own |= {'report': False}  # The page is of the run that is judged.
+    config.update_from_flattened_dict(own | dict(changes))
     config_lib.validate(config)
     workdir = str(epath.Path(self.workdir).expanduser() / (place or recipe))
     loop.pretrain(config, workdir)

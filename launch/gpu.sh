@@ -9,7 +9,8 @@ usage() {
 Usage: launch/gpu.sh [--gpus=0,1] [--dry-run] -- --config=RECIPE --workdir=DIR [flags of folk_jax.main]
 
 Makes or reuses .venv with the extra gpu, and runs one process on all GPUs of this host, or on those named. The global
-batch is split over them. SIGTERM saves and ends the run (status 143); the same command resumes it.
+batch is split over them. SIGTERM saves and ends the run (status 143), and so does Ctrl-C (status 130); a second one
+leaves at once. The same command resumes it.
 
   --gpus=0,1   these GPUs alone
   --dry-run    print what would be done

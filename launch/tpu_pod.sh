@@ -272,6 +272,7 @@ keep() {
     case $ended in
       0) say "the run has ended; launch/tpu_pod.sh delete --name=$name --zone=$zone gives the TPU back"; return ;;
       2) give_up 2 ;;
+      130) say 'the run was saved and ended by hand (SIGINT): not started again'; return 130 ;;
       '' | running) looks=0 ;;  # A worker may vanish at any moment: the next look starts over.
       143) (run) || true ;;
       none | bare)

@@ -34,7 +34,7 @@ LAW = {
   'train': _METHOD | {'objectives', 'checkpoint', 'interop'},
   'evals': _METHOD | {'objectives', 'checkpoint'},
   'interop': frozenset({'models'}),
-  'report': frozenset({'evals'}),
+  'report': _METHOD | {'objectives', 'evals', 'data'},
   'compiled': frozenset(),
   'distributed': frozenset(),
 }
@@ -43,22 +43,26 @@ ENTRIES = {
   'main.py',
   'export.py',
   'dryrun.py',
+  'replay.py',
   'report/__main__.py',
   'data/prepare.py',
 }
-# The loop is three files: what a run is made of, its evaluation, and the loop itself.
+# The loop is four files: what a run is made of, its folder, its evaluation, and the loop itself.
 JOINERS = ENTRIES | {
   'evaluate.py',
   'suite.py',
   'compiled/step.py',
+  'report/of_run.py',
+  'report/saved.py',
   'train/loop.py',
   'train/run.py',
   'train/evaluation.py',
+  'train/workdir.py',
 }
 
 # Third parties: who may import them, as folders (with a slash) or files of folk_jax/.
 OWNERS = {
-  'orbax': ('checkpoint.py',),
+  'orbax': ('checkpoint/',),
   'flax': ('models/',),
   # A dataclass that is a pytree, and nothing of Flax's modules.
   'flax.struct': ('models/', 'objectives/', 'train/'),
@@ -194,7 +198,7 @@ def test_the_checkout_keeps_the_law():
     ('folk_jax/signal/a.py', 'from ..models import vit', 'signal may import'),
     ('folk_jax/signal/a.py', 'def f():\n  from folk_jax.models import vit', 'signal may import'),
     ('folk_jax/schedules.py', 'from folk_jax import signal', 'schedules may import'),
-    ('folk_jax/checkpoint.py', 'import folk_jax.train.state', 'checkpoint may import'),
+    ('folk_jax/checkpoint/a.py', 'import folk_jax.train.state', 'checkpoint may import'),
     ('folk_jax/models/a.py', 'from folk_jax.objectives import base', 'models may import'),
     ('folk_jax/objectives/a.py', 'from folk_jax.train import step', 'objectives may import'),
     ('folk_jax/data/a.py', 'from folk_jax import signal', 'data may import'),

@@ -1,5 +1,6 @@
 """Checkpoints where processes die, change their number of devices, or are two."""
 
+import json
 import os
 import pathlib
 import resource
@@ -144,7 +145,7 @@ def no_space(directory: str) -> None:
   checkpoints.wait()
   # Fails in the background thread that writes, as a full disk does; noise does not compress.
   resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
-  with pytest.raises(RuntimeError, match=f'saving step 2 in {directory} failed: '):
+  with pytest.raises(UserError, match=f'saving step 2 in {directory} failed: no file .*1 is whole'):
     checkpoints.save(2, {'a': jnp.asarray(rng.normal(size=1 << 20), jnp.float32)}, {})
     checkpoints.wait()
   checkpoints.close()
@@ -176,7 +177,7 @@ def read_damaged(directory: str) -> None:
       for file in (folder / '1' / 'state' / damaged).iterdir():
         file.unlink()
       for _ in range(2):
-        with pytest.raises(UserError, match='step 1 in .* cannot be read'):
+        with pytest.raises(UserError, match='no whole checkpoint is left in .*step 1: '):
           checkpoints.restore(here(state))
         with pytest.raises(UserError, match='step 1 in .* cannot be read'):
           checkpoint.read_subtree(str(folder), ())
@@ -225,6 +226,8 @@ def test_two_processes_save_and_restore_one_state(tmp_path):
   node, meta, step = checkpoint.read_subtree(str(tmp_path), ())
   np.testing.assert_array_equal(node['x'], np.arange(8.0))
   assert (meta['a'], step) == (1, 2)
+  digests = json.loads((tmp_path / '2' / 'digests.json').read_text())['files']
+  assert {name.split('/')[1] for name in digests} >= {'ocdbt.process_0', 'ocdbt.process_1'}
 
 
 def one_of_two(directory: str, port: str, index: str) -> None:

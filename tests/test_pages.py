@@ -33,9 +33,13 @@ def test_study_recipes_exist_and_hold_together(monkeypatch):
   for one in studies.STUDIES.values():
     names = [method.name for method in one.methods]
     assert len(names) == len(set(names))
+    seen = {}
     for method in one.methods:
-      config_lib.validate(study.configuration(one, method, 'DIR'))
+      config = study.configuration(one, method, 'DIR')
+      config_lib.validate(config)
       assert method.reference in ('', *names)
+      same = seen.setdefault(config_lib.to_json(config), method.name)
+      assert same == method.name, f'{one.name}: {same} and {method.name} are the same run'
     assert {part for _, part in one.stages} == {'train', *one.parts}
 
 

@@ -32,6 +32,7 @@ class Fault:
     trial: takes the trial's number and returns '' where the promise was kept, else one sentence that says what was
       lost. What it raises is a trial that was not made, and ends the script.
     times: trials wanted.
+    stage: says, after a trial, at which stage of the run its fault fell; counted in the row. None counts none.
   """
 
   name: str
@@ -39,12 +40,18 @@ class Fault:
   how: str
   trial: Callable[[int], str]
   times: int = 1
+  stage: Callable[[], str] | None = None
 
 
 class Trials:
   """The file of one script: rows by fault, kept trial by trial."""
 
-  def __init__(self, out: pathlib.Path, what: str):
+  def __init__(self, out: pathlib.Path, what: str, any_commit: bool = False):
+    """Opens the file, or begins it.
+
+    Raises:
+      UserError: it is another script's, or (unless `any_commit`) has rows of another commit.
+    """
     self._out, self._what = out, what
     self._rows: dict[str, dict[str, Any]] = {}
     if out.exists():
@@ -54,6 +61,19 @@ class Trials:
           f'{out} holds "{found.get("what")}", not "{what}": name another --out, or remove it'
         )
       self._rows = {row['fault']: row for row in found['rows']}
+      if not any_commit:
+        self._refuse_other_commits(found)
+
+  def _refuse_other_commits(self, found: dict[str, Any]) -> None:
+    here = report.context()['commit']
+    for row in self._rows.values():
+      made = row.get('commit', found.get('commit'))
+      # Without its mark of changed files: the file itself may be one of them.
+      if here and made and made.rstrip('+') != here.rstrip('+'):
+        raise UserError(
+          f'{self._out} has trials of "{row["fault"]}" made at commit {made}, and this is {here}: name another --out, '
+          'remove it, or give --any_commit to go on in it'
+        )
 
   def run(self, fault: Fault) -> None:
     """Tries a fault until it has been tried `fault.times` times, counting what an earlier start kept."""
@@ -67,7 +87,10 @@ class Trials:
       row['kept'] += not lost
       row['lost'] += [f'trial {number}: {lost}'] if lost else []
       row['seconds'] = round(row['seconds'] + time.perf_counter() - began, 1)
-      row['date'] = report.context()['date']
+      row |= {key: value for key, value in report.context().items() if key in ('date', 'commit')}
+      if fault.stage is not None:
+        stages, stage = row.setdefault('stages', {}), fault.stage()
+        stages[stage] = stages.get(stage, 0) + 1
       self._write()
       print(f'{fault.name}: trial {number + 1} of {fault.times}: {lost or "kept"}', flush=True)
 
@@ -87,7 +110,7 @@ class Trials:
 
 
 def parser(text: str | None, script: str) -> argparse.ArgumentParser:
-  """Flags that every fault script has: --out, --workdir, --only, --times."""
+  """Flags that every fault script has: --out, --workdir, --only, --times, --any_commit."""
   made = argparse.ArgumentParser(
     description=text, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -103,6 +126,7 @@ def parser(text: str | None, script: str) -> argparse.ArgumentParser:
   )
   add('--only', default='', help='names of faults, separated by semicolons (default all)')
   add('--times', type=int, default=0, help='trials of each fault (default as many as it says)')
+  add('--any_commit', action='store_true', help='go on in a file that another commit began')
   return made
 
 
@@ -110,14 +134,14 @@ def main(faults: list[Fault], flags: argparse.Namespace, what: str) -> None:
   """Runs the chosen faults; exit status 1 where a promise was broken.
 
   Raises:
-    UserError: for an unknown fault, or a file of another script.
+    UserError: for an unknown fault, or a file of another script or commit.
   """
   by_name = {fault.name: fault for fault in faults}
   chosen = flags.only.split(';') if flags.only else list(by_name)
   for name in chosen:
     if name not in by_name:
       raise UserError(f'unknown fault {name!r}. Known: {"; ".join(by_name)}.')
-  trials = Trials(flags.out, what)
+  trials = Trials(flags.out, what, flags.any_commit)
   for name in chosen:
     fault = by_name[name]
     trials.run(dataclasses.replace(fault, times=flags.times) if flags.times else fault)

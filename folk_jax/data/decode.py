@@ -9,7 +9,10 @@ own colour is arbitrary; CMYK and palettes are converted by Pillow; of an animat
 counts.
 """
 
+import functools
 import io
+import os
+import stat
 
 import numpy as np
 import simplejpeg
@@ -17,6 +20,12 @@ from PIL import Image, ImageOps
 
 # Pillow's own threshold for a decompression bomb: 268 MB decoded. Larger files count as bad.
 MAX_PIXELS = 89_478_485
+# No file of so many pixels takes more, uncompressed and of 8 bytes a pixel.
+MAX_BYTES = 1 << 30
+# Formats that Pillow hands to other programs or has only the names of: an image file is data, not a program.
+_NOT_OURS = frozenset({'EPS', 'WMF', 'BUFR', 'GRIB', 'HDF5', 'MPEG'})
+# Rows of a wide image that are scaled at a time, in 64-bit numbers.
+_ROWS_AT_A_TIME = 256
 
 _JPEG_START = b'\xff\xd8\xff'
 # The EXIF segment comes first or right after JFIF's, so that its mark stands near the start.
@@ -26,6 +35,30 @@ _ORIENTATION_TAG = 0x0112
 
 class BadImage(ValueError):
   """The bytes hold no image that can be decoded; the message says why in a few words."""
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+  """Pillow's names of the formats that are decoded."""
+  Image.init()
+  return tuple(kind for kind in Image.ID if kind not in _NOT_OURS)
+
+
+def read_file(path: str) -> bytes:
+  """Reads an image file.
+
+  Raises:
+    OSError: it cannot be read, is not a regular file (a pipe or a device may never end), or holds over `MAX_BYTES`.
+  """
+  # Opening a pipe would wait for a writer.
+  descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, 'O_CLOEXEC', 0))
+  with open(descriptor, 'rb') as file:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+      raise OSError('not a regular file')
+    if status.st_size > MAX_BYTES:
+      raise OSError(f'{status.st_size} bytes; at most {MAX_BYTES}')
+    return file.read()
 
 
 def decode(data: bytes | np.ndarray) -> np.ndarray:
@@ -52,9 +85,9 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
   """Decodes a common JPEG; None sends the rest to Pillow: CMYK, rotated, damaged."""
   try:
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size(height, width)
+    check_size(height, width)
     if data.find(b'Exif\x00\x00', 0, _EXIF_WITHIN) >= 0:
-      with Image.open(io.BytesIO(data)) as header:
+      with Image.open(io.BytesIO(data), formats=('JPEG', 'MPO')) as header:
         if header.getexif().get(_ORIENTATION_TAG, 1) != 1:
           return None
     # Strict: a truncated file is an error, not a picture with a grey half.
@@ -67,23 +100,22 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
 
 def _decode_any(data: bytes) -> np.ndarray:
   try:
-    with Image.open(io.BytesIO(data)) as image:
-      _check_size(image.height, image.width)
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
+      check_size(image.height, image.width)
       image.load()
+      check_size(image.height, image.width)  # An icon's own header may say another size.
       return _to_rgb(ImageOps.exif_transpose(image))
   except BadImage:
     raise
   except Image.UnidentifiedImageError:
     raise BadImage('not an image') from None
-  except MemoryError:
-    raise
-  except (
-    Exception
-  ) as error:  # Pillow's plug-ins raise anything: OSError, SyntaxError, struct.error, ...
+  except Exception as error:
+    # Pillow's plug-ins raise anything: OSError, SyntaxError, struct.error, MemoryError for a header that asks for it.
     raise BadImage(f'{type(error).__name__}: {error}'.splitlines()[0]) from error
 
 
-def _check_size(height: int, width: int) -> None:
+def check_size(height: int, width: int) -> None:
+  """Raises `BadImage` for no pixels, or more than `MAX_PIXELS`."""
   if height < 1 or width < 1 or height * width > MAX_PIXELS:
     raise BadImage(f'{width} x {height} pixels; at most {MAX_PIXELS} in all')
 
@@ -103,11 +135,21 @@ def _to_8_bits(values_HW: np.ndarray) -> np.ndarray:
   """Scales wide integers or floats to uint8 by the smallest usual range that holds them, else by
   their own.
   """
-  values_HW = np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
-  low, high = values_HW.min(), values_HW.max()
-  wide = high > 255
-  if low < 0 or high > 65535:
-    values_HW = (values_HW - low) * (255 / max(high - low, 1e-12))
-  elif wide:
-    values_HW = values_HW / 257
-  return np.round(values_HW).astype(np.uint8)
+  tops = range(0, len(values_HW), _ROWS_AT_A_TIME)
+  low = min(_finite(values_HW, top).min() for top in tops)
+  high = max(_finite(values_HW, top).max() for top in tops)
+  found_HW = np.empty(values_HW.shape, np.uint8)
+  for top in tops:
+    wide_HW = _finite(values_HW, top)
+    if low < 0 or high > 65535:
+      wide_HW = (wide_HW - low) * (255 / max(high - low, 1e-12))
+    elif high > 255:
+      wide_HW = wide_HW / 257
+    found_HW[top : top + _ROWS_AT_A_TIME] = np.round(wide_HW)
+  return found_HW
+
+
+def _finite(values_HW: np.ndarray, top: int) -> np.ndarray:
+  """Some rows in 64-bit numbers, 0 for what is no number."""
+  rows_HW = values_HW[top : top + _ROWS_AT_A_TIME].astype(np.float64)
+  return np.nan_to_num(rows_HW, copy=False, posinf=0.0, neginf=0.0)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from folk_jax.data.decode import formats, read_file
 from folk_jax.data.settings import DataSettings
 from folk_jax.data.sources import TEST_SPLITS, MissingSplit, Source
 from folk_jax.errors import UserError
@@ -15,9 +16,8 @@ from folk_jax.errors import UserError
 
 def image_suffixes() -> frozenset[str]:
   """Returns the lower-case file name endings, with their dot, that Pillow can open here."""
-  Image.init()
-  known = Image.registered_extensions()
-  return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN)
+  ours = frozenset(formats())
+  return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in ours)
 
 
 def split_folder(settings: DataSettings, split: str) -> str:
@@ -116,6 +116,9 @@ class FolderSource(Source):
     start = self._ends[index - 1] if index else 0
     return os.path.join(self._root, os.fsdecode(self._paths[start : self._ends[index]]))
 
+  def file(self, index: int) -> str:
+    return self.name(index)
+
   def label(self, index: int) -> int:
     return int(self._labels[index])
 
@@ -123,8 +126,7 @@ class FolderSource(Source):
     return self._labels[indices]
 
   def read(self, index: int) -> tuple[bytes, int]:
-    with open(self.name(index), 'rb') as file:
-      return file.read(), self.label(index)
+    return read_file(self.name(index)), self.label(index)
 
 
 def class_folders(root: str) -> tuple[str, ...]:

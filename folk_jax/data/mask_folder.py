@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from folk_jax.data import masks
+from folk_jax.data.decode import read_file
 from folk_jax.data.folder import image_suffixes, split_folder
 from folk_jax.data.settings import DataSettings
 from folk_jax.data.sources import Source
@@ -47,18 +48,19 @@ class MaskFolderSource(Source):
   def name(self, index: int) -> str:
     return os.path.join(self._root, 'images', self._pairs[index][0])
 
+  def file(self, index: int) -> str:
+    return self.name(index)
+
   def label(self, index: int) -> int:
     return -1
 
   def read(self, index: int) -> tuple[bytes, int]:
-    with open(self.name(index), 'rb') as file:
-      return file.read(), -1
+    return read_file(self.name(index)), -1
 
   def mask(self, index: int) -> np.ndarray:
     path = os.path.join(self._root, 'masks', self._pairs[index][1])
     try:
-      with open(path, 'rb') as file:
-        data = file.read()
+      data = read_file(path)
     except OSError as error:
       raise UserError(f"mask '{path}' cannot be read ({error}); mend it") from None
     return masks.decode_mask(data, path, self._settings)

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from folk_jax.data.decode import BadImage, check_size, formats
 from folk_jax.data.settings import DataSettings, MaskSettings
 from folk_jax.data.sources import Source
 from folk_jax.data.views import INTERPOLATIONS
@@ -35,13 +36,13 @@ def decode_mask(data: bytes, name: str, settings: MaskSettings) -> np.ndarray:
     UserError: not such an image, or an id that is neither a class nor `ignore`; names the file.
   """
   try:
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
+      check_size(image.height, image.width)
       mode = image.mode
       mask_HW = np.array(image)
   except Exception as error:  # Pillow's plug-ins raise anything.
-    raise UserError(
-      f"mask '{name}' cannot be read ({type(error).__name__}); give a PNG of class ids"
-    ) from None
+    reason = str(error) if isinstance(error, BadImage) else type(error).__name__
+    raise UserError(f"mask '{name}' cannot be read ({reason}); give a PNG of class ids") from None
   if mode not in ('L', 'P'):
     raise UserError(
       f"mask '{name}' has mode {mode}; expected 8-bit class ids in one channel (mode L or P)"

@@ -12,135 +12,23 @@ load without.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from folk_jax.data import tasks, transport
-from folk_jax.data.decode import BadImage, decode
-from folk_jax.data.labels import check_labels
+from folk_jax.data.batches import Batches
+from folk_jax.data.board import Board
+from folk_jax.data.ledger import Ledger
 from folk_jax.data.settings import DataSettings
 from folk_jax.data.sources import Source
+from folk_jax.data.stream import Stream
 from folk_jax.errors import UserError
 
 # More bytes than any array has: Grain's own shared memory stays out of it.
 _NEVER = 1 << 62
-
-
-class Batches(Iterator[dict[str, np.ndarray]]):
-  """An iterator of batches that watches for bad files; close it, or use it in a `with` statement.
-
-  A batch holds `views` uint8 [B, V, S, S, 3], `local_views` uint8 [B, L, s, s, 3] and `mask` uint8 [B, 1, S, S] where
-  the settings ask for them (with masks, evaluation fills their canvas), `label` int32 [B] (-1 unknown), `index`
-  int64 [B] (the sample's number in the source, -1 on padding) and `valid` bool [B].
-  """
-
-  def __init__(
-    self,
-    rows: Iterator[dict[str, np.ndarray]],
-    source: Source,
-    settings: DataSettings,
-    training: bool,
-    ring: transport.Ring | None,
-    classes: int = 0,
-  ):
-    self._rows = rows
-    self._source = source
-    self._settings = settings
-    self._training = training
-    self._ring = ring
-    self._classes = classes
-    self._closed = False
-    self._bad: dict[int, str] = {}
-
-  @property
-  def bad_names(self) -> list[str]:
-    """The samples met so far that do not decode, by name, in the order met."""
-    return list(self._bad.values())
-
-  @property
-  def bad_count(self) -> int:
-    """The number of different samples met so far that do not decode."""
-    return len(self._bad)
-
-  def __next__(self) -> dict[str, np.ndarray]:
-    if self._closed:
-      raise ValueError('these batches are closed')
-    batch = dict(next(self._rows))
-    if self._ring:
-      batch = self._ring.receive(batch)
-    skipped_B = batch.pop(tasks.SKIPPED)
-    for row in np.flatnonzero(skipped_B):
-      self._report(int(batch['index'][row]), int(skipped_B[row]))
-    if self._classes:
-      self._check_labels(batch)
-    return batch
-
-  def _check_labels(self, batch: dict[str, np.ndarray]) -> None:
-    valid_B = batch['valid']
-    index_B = batch['index'][valid_B]
-    try:
-      check_labels(
-        batch['label'][valid_B], self._classes, lambda row: self._source.name(int(index_B[row]))
-      )
-    except UserError:
-      self.close()
-      raise
-
-  def _report(self, index: int, skipped: int) -> None:
-    """Notes the samples passed over to reach `index` (in evaluation: `index` itself); raises past
-    the share.
-    """
-    size = len(self._source)
-    first = index - skipped if self._training else index
-    for bad in ((first + i) % size for i in range(skipped)):
-      if bad in self._bad:
-        continue
-      self._bad[bad] = self._source.name(bad)
-      logging.warning('skipping a bad file: %s (%s)', self._bad[bad], _reason(self._source, bad))
-    share = self._settings.max_bad_share
-    if len(self._bad) > share * size:
-      self.close()
-      number, name = next(iter(self._bad.items()))
-      raise UserError(
-        f'{len(self._bad)} of {size} samples do not decode, more than '
-        f'data.max_bad_share={share:g} allows; '
-        f'the first: {name} ({_reason(self._source, number)}); '
-        'mend or remove them, or raise data.max_bad_share'
-      )
-    if self._training and skipped >= min(size, tasks.MAX_SKIPS):
-      self.close()
-      raise UserError(
-        f'{skipped} samples in a row do not decode, from {self._source.name(first % size)} on; '
-        'mend them'
-      )
-
-  def close(self) -> None:
-    """Stops the workers; asking for another batch raises ValueError."""
-    if self._closed:
-      return
-    self._closed = True
-    if self._ring:
-      self._ring.stop()
-    self._rows.close()
-    if self._ring:
-      self._ring.close()
-
-  def __enter__(self) -> 'Batches':
-    return self
-
-  def __exit__(self, *exc_info: Any) -> None:
-    self.close()
-
-
-def _reason(source: Source, index: int) -> str:
-  try:
-    decode(source.fetch(index))
-  except (BadImage, OSError) as error:
-    return str(error)
-  return 'decodes now'
 
 
 def _rows_per_process(batch_size: int, process_count: int) -> int:
@@ -152,14 +40,29 @@ def _rows_per_process(batch_size: int, process_count: int) -> int:
   return batch_size // process_count
 
 
-def _stream(
+def _batches(
   dataset: Any,
   source: Source,
   settings: DataSettings,
-  training: bool,
+  make_task: type[tasks.Task],
   shapes: transport.Shapes,
   classes: int,
+  ledger: Ledger | None = None,
+  process_index: int = 0,
 ) -> Batches:
+  """Reads a Grain MapDataset of samples, a batch an element."""
+
+  def open_stream(start: int, passed_over: Mapping[int, str]) -> Stream:
+    board = Board(settings.workers, settings.threads)
+    task = make_task(source, settings, board, passed_over)
+    return _stream((dataset[start:] if start else dataset).map(task), settings, task, board, shapes)
+
+  return Batches(open_stream, source, settings, make_task.training, classes, ledger, process_index)
+
+
+def _stream(
+  dataset: Any, settings: DataSettings, task: tasks.Task, board: Board, shapes: transport.Shapes
+) -> Stream:
   """Reads a Grain MapDataset of batches in threads, of this process or of workers."""
   import grain
 
@@ -180,14 +83,14 @@ def _stream(
       warnings.warn(
         f'/dev/shm has less free than the {needed} MiB that {settings.workers} workers need; '
         'batches go through pipes, which is slower (in Docker: --shm-size=8g)',
-        stacklevel=3,
+        stacklevel=6,
       )
     options = grain.experimental.DatasetOptions(min_shm_size=_NEVER)
     batches = grain.experimental.WithOptionsIterDataset(batches, options).mp_prefetch(
       grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=waiting),
       worker_init_fn=transport.set_worker,
     )
-  return Batches(iter(batches), source, settings, training, ring, classes)
+  return Stream(iter(batches), task, board, ring, settings.workers, settings.decode_seconds)
 
 
 def train_batches(
@@ -200,6 +103,7 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   classes: int = 0,
+  ledger: Ledger | None = None,
 ) -> Batches:
   """Streams training batches from optimiser step `step` on, without end.
 
@@ -212,6 +116,7 @@ def train_batches(
     process_index: number of this process.
     process_count: number of processes that share a global batch.
     classes: K, where every image must have a label in [0, K); 0 lets pass what labels there are.
+    ledger: the bad samples of the whole run, for all its starts; None counts those of this call.
 
   Returns:
     An iterator of this process's `batch_size / process_count` rows of every global batch, V views
@@ -219,8 +124,8 @@ def train_batches(
     batch runs on into the next.
 
   Raises:
-    UserError: a batch that the processes do not divide; while iterating, too many bad files, or a
-      label outside [0, K) (names the image).
+    UserError: a batch that the processes do not divide; while iterating, too many bad files, workers
+      that die again and again, or a label outside [0, K) (names the image).
   """
   import grain
 
@@ -230,9 +135,10 @@ def train_batches(
   # the batch: one after the other they are the batch of one process, in its order.
   dataset = dataset.random_map(tasks.draw).batch(rows, drop_remainder=True)
   dataset = dataset[process_index::process_count][step:]
-  dataset = dataset.map(tasks.TrainTask(source, settings))
   shapes = tasks.batch_shapes(settings, rows, training=True)
-  return _stream(dataset, source, settings, True, shapes, classes)
+  return _batches(
+    dataset, source, settings, tasks.TrainTask, shapes, classes, ledger, process_index
+  )
 
 
 def eval_batches(
@@ -260,8 +166,8 @@ def eval_batches(
     of batches.
 
   Raises:
-    UserError: a batch that the processes do not divide; while iterating, too many bad files, or a
-      label outside [0, K) (names the image).
+    UserError: a batch that the processes do not divide; while iterating, too many bad files, workers
+      that die again and again, or a label outside [0, K) (names the image).
   """
   import grain
 
@@ -269,6 +175,5 @@ def eval_batches(
   padded = math.ceil(len(source) / batch_size) * batch_size
   dataset = grain.MapDataset.range(padded).map(lambda index: {'index': np.int64(index)})
   dataset = dataset.batch(rows, drop_remainder=True)[process_index::process_count]
-  dataset = dataset.map(tasks.EvalTask(source, settings))
   shapes = tasks.batch_shapes(settings, rows, training=False)
-  return _stream(dataset, source, settings, False, shapes, classes)
+  return _batches(dataset, source, settings, tasks.EvalTask, shapes, classes, None, process_index)

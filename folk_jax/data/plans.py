@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from folk_jax.data import decode, tars
 from folk_jax.data.folder import FolderSource
 from folk_jax.data.settings import DataSettings
 from folk_jax.data.sources import TEST_SPLITS
@@ -22,6 +23,7 @@ VAL_TAR = 'ILSVRC2012_img_val.tar'
 DEVKIT_TAR = 'ILSVRC2012_devkit_t12.tar.gz'
 _DEVKIT = 'ILSVRC2012_devkit_t12/data/'
 _IMAGES_PER_CLASS = 1300
+_MAX_CLASS_BYTES = 1 << 34
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,12 @@ def plan_folder(root: str, shard_samples: int) -> list[Plan]:
 
 def _from_folder(source: FolderSource, indices: range) -> Iterator[Sample]:
   for index in indices:
-    data, label = source.read(index)
+    try:
+      data, label = source.read(index)
+    except OSError as error:
+      raise UserError(
+        f"'{source.name(index)}' cannot be read ({error}); mend or remove it"
+      ) from error
     yield Sample(data, label, source.name(index), 1)
 
 
@@ -119,7 +126,8 @@ def plan_imagenet_tars(root: str, shard_samples: int) -> list[Plan]:
   train_tar, val_tar = os.path.join(root, TRAIN_TAR), os.path.join(root, VAL_TAR)
   if not os.path.isfile(train_tar):
     raise UserError(f"no {TRAIN_TAR} in '{root}'; download it from image-net.org into that folder")
-  members = sorted(_members(train_tar), key=lambda member: member.name)
+  # A class is a tar of some hundred megabytes.
+  members = sorted(_members(train_tar, _MAX_CLASS_BYTES), key=lambda member: member.name)
   wnids = tuple(os.path.splitext(os.path.basename(member.name))[0] for member in members)
   per_shard = max(1, shard_samples // _IMAGES_PER_CLASS)
   shards = []
@@ -156,29 +164,26 @@ def plan_imagenet_tars(root: str, shard_samples: int) -> list[Plan]:
   return plans
 
 
-def _members(path: str) -> list[tarfile.TarInfo]:
-  try:
-    with tarfile.open(path) as tar:
-      return [member for member in tar if member.isfile()]
-  except (tarfile.TarError, OSError, EOFError) as error:
-    raise UserError(f"'{path}' cannot be read as a tar ({error}); download it again") from error
+def _members(path: str, most: int = decode.MAX_BYTES) -> list[tarfile.TarInfo]:
+  with tars.reading(path), tarfile.open(path, 'r:') as tar:  # Not compressed: any part is at hand.
+    return list(tars.files(tar, path, most))
 
 
 def _from_class_tars(path: str, chosen: list[tuple[int, tarfile.TarInfo]]) -> Iterator[Sample]:
-  with tarfile.open(path) as outer:
+  with tars.reading(path), tarfile.open(path, 'r:') as outer:
     for label, member in chosen:
-      with tarfile.open(fileobj=outer.extractfile(member)) as inner:
-        for file in inner:
-          if file.isfile():
-            yield Sample(inner.extractfile(file).read(), label, file.name, file.size)
+      what = f'{path}: {member.name}'
+      with tars.reading(what), tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
+        for file in tars.files(inner, what):
+          yield Sample(tars.read(inner, file), label, file.name, file.size)
 
 
 def _from_flat_tar(
   path: str, members: list[tarfile.TarInfo], labels: list[int]
 ) -> Iterator[Sample]:
-  with tarfile.open(path) as tar:
+  with tars.reading(path), tarfile.open(path, 'r:') as tar:
     for member, label in zip(members, labels, strict=True):
-      yield Sample(tar.extractfile(member).read(), label, member.name, member.size)
+      yield Sample(tars.read(tar, member), label, member.name, member.size)
 
 
 def _validation_labels(root: str, wnids: tuple[str, ...]) -> list[int]:
@@ -191,9 +196,9 @@ def _validation_labels(root: str, wnids: tuple[str, ...]) -> list[int]:
   from scipy import io as scipy_io
 
   try:
-    with tarfile.open(path) as tar:
-      truth = tar.extractfile(_DEVKIT + 'ILSVRC2012_validation_ground_truth.txt').read()
-      meta = tar.extractfile(_DEVKIT + 'meta.mat').read()
+    truth, meta = tars.read_compressed(
+      path, (_DEVKIT + 'ILSVRC2012_validation_ground_truth.txt', _DEVKIT + 'meta.mat')
+    )
   except (tarfile.TarError, OSError, EOFError, KeyError) as error:
     raise UserError(
       f"'{path}' is not the ILSVRC2012 devkit ({error}); download it again"

@@ -38,7 +38,7 @@ def pack(label: int, name: str, data: bytes) -> bytes:
 
 
 def unpack(record: bytes) -> tuple[int, str, bytes]:
-  """Returns (label, name, image bytes) of a record that `pack` made."""
+  """Returns (label, name, image bytes) of a record that `pack` made; struct.error where it is too short for one."""
   label, length = _HEADER.unpack_from(record)
   start = _HEADER.size + length
   return label, record[_HEADER.size : start].decode('utf-8', 'replace'), record[start:]
@@ -98,6 +98,11 @@ class ArrayRecordSource(Source):
     self._files = [shard['file'] for shard in splits[name]['shards']]
     self._ends = np.cumsum([shard['samples'] for shard in splits[name]['shards']], dtype=np.int64)
     for file in self._files:
+      if os.path.basename(file) != file:
+        raise UserError(
+          f"'{os.path.join(self._root, INDEX)}' names shard '{file}', which is outside its folder; prepare the data "
+          'set again'
+        )
       if not os.path.isfile(os.path.join(self._root, file)):
         raise UserError(
           f"shard '{file}' of '{self._root}' is missing; copy it there or prepare the data set "
@@ -119,23 +124,47 @@ class ArrayRecordSource(Source):
   def __len__(self) -> int:
     return int(self._ends[-1]) if len(self._ends) else 0
 
-  def _record(self, index: int) -> tuple[int, str, bytes]:
+  def _at(self, index: int) -> tuple[int, int]:
+    """The number of a record's shard, and the record's in it."""
     shard = int(np.searchsorted(self._ends, index, side='right'))
-    position = index - (int(self._ends[shard - 1]) if shard else 0)
+    return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+
+  def _record(self, index: int) -> tuple[int, str, bytes]:
+    """Reads a record; raises OSError, without the shard's name, where that is missing, cut short or damaged."""
+    shard, position = self._at(index)
     reader = self._readers[shard]
     if reader is None:
       with self._lock:
         if self._readers[shard] is None:
           self._readers[shard] = open_reader(os.path.join(self._root, self._files[shard]))
         reader = self._readers[shard]
-    return unpack(reader.read([position])[0])
+    # A shard that is missing or cut short opens without a word, and has no records.
+    wanted = int(self._ends[shard] - (self._ends[shard - 1] if shard else 0))
+    if reader.num_records() != wanted:
+      found = reader.num_records()
+      raise OSError(
+        f'the shard cannot be read: {wanted} records expected, {found} found: missing, cut short or damaged'
+      )
+    try:
+      return unpack(reader.read([position])[0])
+    except (RuntimeError, ValueError, IndexError, struct.error) as error:
+      raise OSError(f'the record cannot be read: {error}'.splitlines()[0]) from error
 
   def read(self, index: int) -> tuple[bytes, int]:
     label, _, data = self._record(index)
     return data, label
 
   def name(self, index: int) -> str:
-    return f'{self._root}: {self._record(index)[1]}'
+    try:
+      return f'{self.place(index)}: {self._record(index)[1]}'
+    except OSError:
+      return self.place(index)
+
+  def place(self, index: int) -> str:
+    return f'{self.file(index)}, record {self._at(index)[1]}'
+
+  def file(self, index: int) -> str:
+    return os.path.join(self._root, self._files[self._at(index)[0]])
 
 
 def open_reader(path: str) -> Any:

@@ -94,6 +94,7 @@ class DataSettings:
     threads: decoding threads in each process.
     prefetch: batches that each process holds ready.
     max_bad_share: share of the data set that may fail to decode before the run stops, in [0, 1].
+    decode_seconds: a sample that takes longer to decode counts as failed; 0 for no limit.
     validation: share of the training split that is held out of it, evenly spread, as a split of its own; in [0, 1).
     limit: use this many samples, evenly spread over the data set; 0 uses all.
     images_a_class: train on so many images of each class, drawn at random; 0 for all.
@@ -114,6 +115,7 @@ class DataSettings:
   threads: int = 4
   prefetch: int = 4
   max_bad_share: float = 0.01
+  decode_seconds: float = 60.0
   limit: int = 0
   validation: float = 0.0
   images_a_class: int = 0
@@ -150,6 +152,10 @@ class DataSettings:
     self._check_labels()
     if not 0 <= self.max_bad_share <= 1:
       raise UserError(f'data.max_bad_share is {self.max_bad_share}; give a share in [0, 1]')
+    if not self.decode_seconds >= 0:
+      raise UserError(
+        f'data.decode_seconds is {self.decode_seconds}; give seconds, or 0 for no limit'
+      )
     if self.masks is not None:
       self._check_masks()
 

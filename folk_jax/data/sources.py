@@ -50,6 +50,14 @@ class Source:
     """
     raise NotImplementedError
 
+  def place(self, index: int) -> str:
+    """Returns what can be said of where sample `index` stands without reading it: such as hangs its reader."""
+    return self.name(index)
+
+  def file(self, index: int) -> str:
+    """Returns the file that holds sample `index`, its own or a shard; '' where that can't be told without reading."""
+    return ''
+
   def fetch(self, index: int) -> bytes | np.ndarray:
     """Returns the image of sample `index`, encoded (bytes) or as uint8 [H, W, 3] pixels."""
     return self.read(index)[0]
@@ -97,6 +105,12 @@ class Subset(Source):
 
   def name(self, index: int) -> str:
     return self._source.name(int(self._indices[index]))
+
+  def place(self, index: int) -> str:
+    return self._source.place(int(self._indices[index]))
+
+  def file(self, index: int) -> str:
+    return self._source.file(int(self._indices[index]))
 
 
 def evenly_spread(source: Source, limit: int) -> Subset:

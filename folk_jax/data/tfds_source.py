@@ -30,6 +30,9 @@ class TfdsSource(Source):
     self._title = f'{builder.info.full_name}/{self._split}'
     self._close()
     self._length = len(self._records())
+    for path in self._shards():
+      if not os.path.isfile(path):
+        raise UserError(f"shard '{path}' is missing; copy it there or prepare the data set again")
 
   def _close(self) -> None:
     self._opened: Any = None
@@ -59,12 +62,28 @@ class TfdsSource(Source):
             ) from error
     return self._opened
 
+  def _shards(self) -> list[str]:
+    """The files of the split, by what array_record keeps to itself; none where it keeps that elsewhere."""
+    instructions = getattr(self._records().data_source, '_read_instructions', ())
+    return [os.fspath(instruction.filename) for instruction in instructions]
+
   def __len__(self) -> int:
     return self._length
 
   def read(self, index: int) -> tuple[bytes, int]:
-    record = self._records()[index]
-    return record[self._image_key], int(record[self._label_key]) if self._label_key else -1
+    records = self._records()
+    try:
+      record = records[index]
+      return record[self._image_key], int(record[self._label_key]) if self._label_key else -1
+    except Exception as error:  # array_record's, protobuf's and TFDS's own, of many kinds.
+      where = getattr(records.data_source, '_reader_idx_and_position', None)
+      shard, position = where(index) if where else (0, index)
+      files = self._shards()
+      in_shard = (
+        f"record {position} of '{os.path.basename(files[shard])}'" if files else 'the record'
+      )
+      reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+      raise OSError(f'{in_shard} cannot be read: {reason}') from error
 
   def name(self, index: int) -> str:
     return f'{self._title}[{index}]'

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from multiprocessing import shared_memory, util
 from typing import Any
 
@@ -38,19 +38,42 @@ _worker = 0
 def set_worker(index: int, count: int) -> None:
   """Notes in a worker which one it is; Grain calls it first, with (index, number of workers).
 
-  From here on SIGTERM, which Slurm and systemd send to all processes of a job at once, is the main process's matter: it
-  still needs batches up to the step that it saves. The worker ends with it, however it ends.
+  SIGTERM, which Slurm and systemd send to all processes of a job at once, is the main process's matter: it still needs
+  batches up to the step that it saves. Until here the worker held it back, as it was started (`hold_sigterm`). The
+  worker ends with the main process, however that ends.
   """
   del count
   global _worker
   _worker = index
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
   threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def worker_number() -> int:
+  """The number of this worker process; 0 in the main process."""
+  return _worker
+
+
+def hold_sigterm() -> None:
+  """Holds SIGTERM back in this thread, in threads that it starts and in processes that any of those starts.
+
+  A worker imports for some seconds before it can ignore the signal. Other threads of this process still get it.
+  """
+  signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _end_with_parent() -> None:
   multiprocessing.parent_process().join()
   os._exit(1)
+
+
+def kill(pids: Iterable[int]) -> None:
+  """Ends those of this process's children at once."""
+  pids = set(pids)
+  for child in multiprocessing.active_children():
+    if child.pid in pids:
+      child.kill()
 
 
 def _kill_workers() -> None:
@@ -59,8 +82,9 @@ def _kill_workers() -> None:
       child.kill()
 
 
-# At its end multiprocessing waits for workers that it has sent SIGTERM. Grain, which closes what it still knows of
-# (priority 1), comes first.
+# At its end multiprocessing waits for workers: Grain, which closes what it still knows of (priority 1), 25 seconds for
+# each that nobody closed, and then the package itself without end for one that ignores SIGTERM. They hold nothing.
+util.Finalize(None, _kill_workers, exitpriority=2)
 util.Finalize(None, _kill_workers, exitpriority=0)
 
 

@@ -2,7 +2,8 @@
 
 Nothing here touches jax, and nothing happens, where one process runs alone. `folk_jax.main` joins the processes
 before anything asks for devices; the other rooms ask `jax.process_index()` and `jax.process_count()`.
-`cluster.py` knows the launchers, `rendezvous.py` how processes meet, `leaving.py` how they end before their time.
+`cluster.py` knows the launchers, `rendezvous.py` how processes meet, `signals.py` what tells them to end, `leaving.py`
+how one that fails ends.
 
 Shape letters: P processes, T things told.
 """
@@ -13,10 +14,10 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 
-from folk_jax.distributed import leaving, rendezvous
+from folk_jax.distributed import leaving, rendezvous, signals
 from folk_jax.distributed.cluster import Cluster, detect, from_flags, with_devices
-from folk_jax.distributed.leaving import Preempted, preempted
 from folk_jax.distributed.rendezvous import NotMet
+from folk_jax.distributed.signals import Preempted, preempted, told
 from folk_jax.errors import UserError
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
   'from_flags',
   'joined',
   'preempted',
+  'told',
   'with_devices',
 ]
 
@@ -38,17 +40,17 @@ _SHARED_SECONDS = 10.0
 
 @contextlib.contextmanager
 def joined(
-  cluster: Cluster | None, seconds: float = 300, heed_sigterm: bool = True
+  cluster: Cluster | None, seconds: float = 300, heed_signals: bool = True
 ) -> Iterator[bool]:
-  """Inside, this process is one of its cluster's; with None, or a cluster of one, nothing but SIGTERM changes.
+  """Inside, this process is one of its cluster's; with None, or a cluster of one, nothing but signals change.
 
-  Process 0 speaks; the others write to stderr what ends them, and nothing else. A failure in one of several processes
-  ends it without waiting for the others, which jax then ends too.
+  Process 0 speaks; the others write to stderr what ends them and what they find in their data. A failure in one of
+  several processes ends it without waiting for the others, which jax then ends too.
 
   Args:
     cluster: from `from_flags` or `detect`.
     seconds: how long to wait for the processes to meet.
-    heed_sigterm: whether SIGTERM asks (`preempted`) instead of killing: for work that looks, and saves. Else
+    heed_signals: whether SIGTERM and SIGINT ask (`preempted`) instead of killing: for work that looks, and saves. Else
       `preempted` is always False.
 
   Yields:
@@ -59,17 +61,20 @@ def joined(
     UserError: they disagree on who they are, or jax cannot tell it.
   """
   if cluster is None or cluster.processes == 1:
-    with leaving.heeding_sigterm() if heed_sigterm else contextlib.nullcontext():
+    with signals.heeding() if heed_signals else contextlib.nullcontext():
       yield False
     return
-  index = _join(cluster, seconds, heed_sigterm)
+  index = _join(cluster, seconds, heed_signals)
   if index:
     leaving.hush()
-  with leaving.together(index):
+  tell = signals.jaxs_notice() if heed_signals else None
+  # Without jax's notice there is nobody to tell: what jax does with signals stays as it is.
+  heeds = signals.heeding(tell, speaks=not index) if tell else contextlib.nullcontext()
+  with heeds, leaving.together(index):
     yield True
 
 
-def _join(cluster: Cluster, seconds: float, heed_sigterm: bool) -> int:
+def _join(cluster: Cluster, seconds: float, heed_signals: bool) -> int:
   if cluster.coordinator is not None:
     # jax waits too, but ends a process that has waited too long with an abort and a stack trace.
     rendezvous.meet(cluster.coordinator, cluster.processes, cluster.process, seconds)
@@ -79,7 +84,7 @@ def _join(cluster: Cluster, seconds: float, heed_sigterm: bool) -> int:
   # On a CPU, programs that do not wait for one another run at once: two of them that sum over all processes would be
   # run in one order here and in another there, and wait for ever.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
-  if not heed_sigterm:
+  if not heed_signals:
     jax.config.update('jax_enable_preemption_service', False)  # It takes SIGTERM for itself.
   arguments = {'initialization_timeout': max(1, round(seconds))}
   if cluster.coordinator is not None:

@@ -1,13 +1,11 @@
-"""How a process ends before its time: told to (SIGTERM), or because one of several failed."""
+"""How a process of several ends before its time, because it failed or was told to."""
 
 import atexit
 import contextlib
 import logging
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,63 +13,15 @@ from typing import NoReturn
 
 from folk_jax.errors import UserError
 
-# What a process that SIGTERM ended leaves behind, as a shell counts.
-STATUS = 128 + signal.SIGTERM
 # jax's service runs in process 0: it leaves last, so that the others can say what was wrong with them.
 _LAST_SECONDS = 3.0
 
 # Of other errors than these it is 1.
 _STATUSES = {UserError: 2, KeyboardInterrupt: 130}
 
-_told = False
-
-
-class Preempted(Exception):
-  """The machine is wanted back: the run is saved, and goes on when it is started again."""
-
-
-@contextlib.contextmanager
-def heeding_sigterm() -> Iterator[None]:
-  """Inside, SIGTERM asks for a save at the next step instead of killing; a second one kills."""
-  global _told
-
-  def note(number: int, frame: object) -> None:
-    del number, frame
-    global _told
-    _told = True
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-  _told = False
-  if threading.current_thread() is not threading.main_thread():
-    yield  # Somebody else's program: its signals are its own.
-    return
-  before = signal.signal(signal.SIGTERM, note)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, before)
-    _told = False
-
-
-def preempted(step: int) -> bool:
-  """Whether to save after `step` and leave; all processes of a run get the same answer for the same step.
-
-  Call it once after every step. A process told to leave (SIGTERM) tells the others, and they agree on a step.
-  """
-  import jax
-
-  if jax.process_count() == 1:
-    return _told
-  from jax.experimental import multihost_utils
-
-  try:
-    return multihost_utils.reached_preemption_sync_point(step)
-  except RuntimeError:  # jax's preemption service is switched off, as where SIGTERM is not heeded.
-    return False
-
 
 def hush() -> None:
-  """Makes this process, which isn't process 0, silent but for errors."""
+  """Makes this process, which isn't process 0, silent but for errors; what it finds in its data it says as such."""
   sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # for as long as the process lives
   warnings.simplefilter('ignore')
   logging.getLogger().setLevel(logging.ERROR)

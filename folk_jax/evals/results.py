@@ -8,7 +8,11 @@ from typing import Any
 import jax
 from etils import epath
 
+from folk_jax import checkpoint
 from folk_jax.errors import UserError
+
+# Scores of every corruption at every severity are kilobytes, too.
+_JSON_BYTES = 16 << 20
 
 # What an evaluation returns: numbers by name, and here and there a name that was chosen. Shares are in [0, 1].
 Scores = dict[str, float | str]
@@ -87,13 +91,28 @@ def read(file: str | os.PathLike[str]) -> dict[str, Any]:
   """
   path = epath.Path(file).expanduser()
   try:
-    found = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+    found = checkpoint.read_json(path, _JSON_BYTES)
+  except OSError as error:
     raise UserError(
       f'cannot read {path}: {error}; give the results.json of an evaluation.'
     ) from error
-  if not isinstance(found, dict) or not {'scores', 'settings', 'checkpoint'} <= found.keys():
+  except UserError as error:
+    raise UserError(
+      f'cannot read {path}: it is no results.json of an evaluation: {error}.'
+    ) from error
+  if not {'scores', 'settings', 'checkpoint'} <= found.keys():
     raise UserError(f'{path} is no results.json: it has no scores; give the one of an evaluation.')
+  details = found.get('details', {})
+  tables = {'scores': found['scores'], 'details': details}
+  if isinstance(details, dict):
+    tables |= {f'details.{name}': row for name, row in details.items()}
+  for field, rows in tables.items():
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+      raise UserError(f'{path} is no results.json: its {field} is no table of evaluations.')
+  for name, row in found['scores'].items():
+    for key, value in row.items():
+      if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise UserError(f'{path} is no results.json: scores.{name}.{key} is no number or name.')
   return found
 
 

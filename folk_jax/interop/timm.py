@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from folk_jax import errors
 from folk_jax.interop.big_vision import from_big_vision, is_big_vision, to_big_vision
 from folk_jax.interop.names import PARAMS, STATISTICS, Entry, Names, check_fit
-from folk_jax.interop.npz import read_npz
+from folk_jax.interop.npz import LIMIT_BYTES, read_npz
 from folk_jax.interop.resnet_names import RESNET
+from folk_jax.interop.safetensors_file import read_safetensors
 from folk_jax.interop.vit_names import TIMM_PATCHES, VIT, VIT_SIZES
 
 __all__ = [
@@ -142,22 +141,24 @@ def ignored_names(state: Mapping[str, Any]) -> list[str]:
   return sorted(name for name in state if name.startswith(_CLASSIFIERS) or name.endswith(_COUNTER))
 
 
-def load_timm_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def load_timm_file(
+  path: str | os.PathLike[str], limit_bytes: int = LIMIT_BYTES
+) -> dict[str, np.ndarray]:
   """Reads a timm state dict from a local `.safetensors` file, or an `.npz` with the same names.
 
+  Args:
+    path: the file.
+    limit_bytes: a file with more of arrays is refused unread.
+
   Raises:
-    UserError: when the file is absent, of another kind or damaged.
+    UserError: when the file is absent, of another kind, damaged or too large.
   """
   path = os.fspath(path)
   if not os.path.isfile(path):
     raise errors.UserError(f'{path}: no such file; give a .safetensors file with timm names')
-  try:
-    if path.endswith('.safetensors'):
-      return safetensors.numpy.load_file(path)
-    if path.endswith('.npz'):
-      return read_npz(path)
-  except (safetensors.SafetensorError, ValueError, OSError) as error:
-    raise errors.UserError(f'{path}: damaged or not what its ending says ({error})') from error
+  for ending, read in {'.safetensors': read_safetensors, '.npz': read_npz}.items():
+    if path.endswith(ending):
+      return read(path, limit_bytes)
   raise errors.UserError(
     f'{path}: expected a .safetensors file with timm names; convert torch files with'
     ' safetensors.torch.save_file(state_dict, path)'

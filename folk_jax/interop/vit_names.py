@@ -64,7 +64,7 @@ def _prepared(
   if grid is None:
     raise ValueError('a ViT needs the grid of the model to be filled')
   position = state.get('pos_embed')
-  if position is None or position.ndim != 3:
+  if position is None or position.ndim != 3 or position.shape[0] != 1 or not position.shape[2]:
     return dict(state)
   patches = position.shape[1] - 1
   if state_grid is None:

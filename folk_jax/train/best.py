@@ -55,7 +55,7 @@ class Best:
     """Opens, or makes, `<workdir>/best`, and reads what was the best there.
 
     A best that was chosen by another number, or by evaluations with other settings, counts for nothing: the next
-    evaluation takes its place.
+    evaluation takes its place. So does one that is damaged, which is kept aside.
 
     Args:
       metric: as `check_metric` takes it.
@@ -64,7 +64,7 @@ class Best:
       asynchronous: as `Checkpoints` takes it.
 
     Raises:
-      UserError: a folder that can't be made, or a checkpoint in it that can't be read.
+      UserError: a folder that can't be made, or a checkpoint in it of a newer format.
     """
     self._metric, self._about = metric, about
     self._step: int | None = None
@@ -74,17 +74,19 @@ class Best:
       return
     directory = str(epath.Path(workdir).expanduser() / BEST)
     self._checkpoints = checkpoint.Checkpoints(directory, 0, 1, 0, asynchronous)
-    if self._checkpoints.latest_step() is None:
+    found = self._checkpoints.newest_meta()
+    if found is None:
       return
-    _, meta, step = checkpoint.read_subtree(directory, ('step',))
-    if (meta['best']['metric'], _settings(meta)) == (metric, _settings(about)):
-      self._step, self._value = step, meta['best']['value']
+    step, meta = found
+    chosen = meta.get('best', {})
+    if (chosen.get('metric'), _settings(meta)) == (metric, _settings(about)):
+      self._step, self._value = step, chosen['value']
     else:
       logging.warning(
         'step %d in %s was the best by %s, as evaluated then; the next evaluation takes its place',
         step,
         directory,
-        meta['best']['metric'],
+        chosen.get('metric'),
       )
 
   def offer(self, step: int, scalars: Mapping[str, float], state: Any) -> bool:
@@ -144,4 +146,5 @@ class Best:
 
 def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
   """What must agree for two evaluations of a run to be comparable: all but how many images go at a time."""
-  return {k: v for k, v in about['config']['evaluation'].items() if k != 'batch_size'}
+  settings = about.get('config', {}).get('evaluation', {})  # Meta of format 0 may not have them.
+  return {k: v for k, v in settings.items() if k != 'batch_size'}

@@ -7,7 +7,7 @@ And what evaluation asks of a backbone with BatchNorm: statistics of clean image
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,15 +84,20 @@ class Evaluation:
 
     self._extract, self._moments, self._pool = extract, jax.jit(moments), jax.jit(_pooled)
 
-  def __call__(self, state: TrainState) -> dict[str, float]:
-    """Scalars by their slash-named keys."""
+  def __call__(self, state: TrainState, due: Sequence[int] = ()) -> dict[str, float]:
+    """Scalars by their slash-named keys.
+
+    Args:
+      state: of the run.
+      due: the steps whose evaluation this is, by default the state's own: one may have been put off.
+    """
     if self._test is None:
       return {}
     # Before the first step the teacher is the student and its statistics are of no image yet.
     which = self._config.which if int(state.step) else 'student'
     params = state_lib.weights(state, which)
     network = params['backbone'], state_lib.statistics(state, which)
-    return self._frozen(network, int(state.step)) | self._measured(state)
+    return self._frozen(network, due or (int(state.step),)) | self._measured(state)
 
   def due(self, step: int) -> bool:
     """Whether an evaluation with a period of its own falls on this step."""
@@ -171,9 +176,13 @@ class Evaluation:
     ks = sorted({*self._config.knn, self._config.knn_headline})
     return (*(f'eval/knn_top1_k{k}' for k in ks), 'eval/knn_top1', 'eval/knn_top5')
 
-  def _frozen(self, network: tuple[Any, Any], step: int) -> dict[str, float]:
+  def _frozen(self, network: tuple[Any, Any], due: Sequence[int]) -> dict[str, float]:
     """kNN, and what is due of the rest, on features that are extracted once."""
-    rest = [evaluate for period, evaluate in self._periods.items() if self._is_due(period, step)]
+    rest = [
+      evaluate
+      for period, evaluate in self._periods.items()
+      if any(self._is_due(period, step) for step in due)
+    ]
     if not self._knn_names() and not rest:
       return {}
     sets = self._features(network)

@@ -1,6 +1,6 @@
 """Weights that a run starts from: another run's, or a file's in timm's or big_vision's names, at any image size."""
 
-import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +15,8 @@ from folk_jax.interop import timm
 
 # The folder of the best step in a workdir, beside that of the last ones.
 BEST, LAST = 'best', 'checkpoints'
+# What a file of weights may hold, beside and in multiples of the model's own.
+_SPARE_BYTES, _SPARE_TIMES = 1 << 30, 8
 
 
 def load(
@@ -57,10 +59,14 @@ def load(
       f'config.init_from {init_from!r} does not exist: give a workdir, or a .safetensors or .npz file of weights.'
     )
   grid = (image_size // patch,) * 2
+  # Positions of a larger image, a classifier of many classes, a training checkpoint's moments: not more than this.
+  limit = _SPARE_BYTES + _SPARE_TIMES * sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(params))
   if path.suffix == '.safetensors':
-    return _backbone(timm.load_timm_file(str(path)), params['backbone'], grid)
+    state = timm.load_timm_file(str(path), limit)
+    return _backbone(state, params['backbone'], grid)
   if path.suffix == '.npz':
-    return _backbone(_from_npz(str(path), params['backbone'], heads), params['backbone'], grid)
+    state = _from_npz(str(path), params['backbone'], heads, limit)
+    return _backbone(state, params['backbone'], grid)
   return _from_workdir(path, params, grid, which)
 
 
@@ -106,9 +112,11 @@ def _backbone(
   return {'backbone': loaded.params} | statistics
 
 
-def _from_npz(path: str, fresh: Mapping[str, Any], heads: int | None) -> Mapping[str, np.ndarray]:
+def _from_npz(
+  path: str, fresh: Mapping[str, Any], heads: int | None, limit: int
+) -> Mapping[str, np.ndarray]:
   """The arrays of an `.npz`, in timm's names."""
-  state = timm.read_npz(path)
+  state = timm.read_npz(path, limit)
   if timm.is_big_vision(state):
     return timm.to_timm(timm.from_big_vision(state, fresh, heads=heads))
   if not any(name.endswith('.weight') for name in state):
@@ -140,11 +148,17 @@ def _from_workdir(
   path: epath.Path, params: dict[str, Any], grid: tuple[int, int], which: str
 ) -> dict[str, Any]:
   workdir, directory = find_run(path)
-  config = json.loads((workdir / 'config.json').read_text())
+  match checkpoint.read_json(workdir / 'config.json'):
+    case {'teacher': {'enabled': bool(has_teacher)}}:
+      pass
+    case _:
+      raise UserError(
+        f"{workdir / 'config.json'} is no run's configuration: it lacks teacher.enabled"
+      )
   student, _, step = checkpoint.read_subtree(directory, ('params',))
   teacher = {}
-  if config['teacher']['enabled'] and which == 'teacher':
-    teacher, _, _ = checkpoint.read_subtree(directory, ('opt_state', '**', 'teacher'))
+  if has_teacher and which == 'teacher':
+    teacher, _, _ = checkpoint.read_subtree(directory, ('opt_state', '**', 'teacher'), step)
   loaded = {}
   for name, fresh in params.items():
     found = teacher.get(name, student.get(name))

@@ -1,9 +1,8 @@
 """One pre-training run, from a configuration to a workdir: this file joins the rooms."""
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,43 +15,21 @@ from folk_jax import checkpoint, data, distributed
 from folk_jax import config as config_lib
 from folk_jax.errors import UserError
 from folk_jax.models import fused_attention
+from folk_jax.report import at_end
 from folk_jax.train import initial, metrics, sharding
+from folk_jax.train import workdir as workdir_lib
 from folk_jax.train.best import Best, check_metric
+from folk_jax.train.debug import Debugger
+from folk_jax.train.due import Due
 from folk_jax.train.evaluation import Evaluation, needed_classes
-from folk_jax.train.guard import Guard, GuardSettings
+from folk_jax.train.guard import GuardSettings, watch
 from folk_jax.train.profile import Profile
 from folk_jax.train.run import Run, data_settings, make_run
 from folk_jax.train.state import TrainState
+from folk_jax.train.watchdog import Watchdog
 
-
-def _check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-  """Refuses a workdir that holds another run; writes nothing."""
-  file = workdir / 'config.json'
-  with _using(workdir):
-    if file.exists():
-      config_lib.check_same_run(json.loads(file.read_text()), config, str(workdir))
-
-
-def _write_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-  """Makes the workdir this run's. It keeps the first config.json: a resumed run differs in what is free to."""
-  file = workdir / 'config.json'
-  if jax.process_index() or file.exists():
-    return
-  with _using(workdir):
-    workdir.mkdir(parents=True, exist_ok=True)
-    fresh = workdir / 'config.json.tmp'
-    fresh.write_text(config_lib.to_json(config))
-    fresh.replace(file)
-
-
-@contextlib.contextmanager
-def _using(workdir: epath.Path) -> Iterator[None]:
-  try:
-    yield
-  except (OSError, json.JSONDecodeError) as error:
-    raise UserError(
-      f'cannot use workdir {workdir}: {error}. Give a --workdir that can be written.'
-    ) from error
+# What takes minutes in health may take this many times `watchdog.seconds` and `watchdog.limit`.
+_PATIENCE = 10.0
 
 
 def set_compilation_cache(path: str) -> None:
@@ -67,8 +44,8 @@ def _first_state(
   source: data.Source,
   checkpoints: checkpoint.Checkpoints,
   mesh: Mesh,
-) -> TrainState:
-  """The newest checkpoint's state, or one at step 0, on the mesh."""
+) -> tuple[TrainState, dict[str, Any]]:
+  """The newest checkpoint's state, or one at step 0, on the mesh; and what the checkpoint says of itself."""
   key = jax.random.key(config.seed)
   abstract = jax.eval_shape(run.new_state, key, {})
   shardings = sharding.state_shardings(abstract, mesh)
@@ -79,29 +56,35 @@ def _first_state(
       shardings,
     )
     state, about = checkpoints.restore(placed)
-    if about['data'] != _identity(source):
+    saw = about.get('data')  # A checkpoint of format 0 may not say it.
+    if saw not in (None, workdir_lib.identity(source)):
       raise UserError(
-        f'the run in this workdir saw {about["data"]["images"]} images and config.data now gives '
+        f'the run in this workdir saw {saw["images"]} images and config.data now gives '
         f'{len(source)}, or other classes: give the data of the run, or another --workdir.'
       )
-    return state
+    return state, about
+  if aside := checkpoints.set_aside():
+    raise UserError(
+      f'{checkpoints.directory} holds damaged checkpoints alone ({", ".join(aside)}): bring a whole one back from a '
+      'copy, or start again in another --workdir'
+    )
+  return new_state(config, run, shardings), {}
+
+
+def new_state(config: ml_collections.ConfigDict, run: Run, shardings: Any) -> TrainState:
+  """The state that a run begins with: fresh weights, or those that `config.init_from` names."""
+  key = jax.random.key(config.seed)
   loaded = {}
   if config.init_from:
     loaded = initial.load(
       config.init_from,
-      abstract.params,
+      jax.eval_shape(run.new_state, key, {}).params,
       image_size=config.image_size,
       patch=run.objective.parts.patch,
       which=config.init_which,
       heads=getattr(run.objective.parts.backbone, 'heads', None),
     )
   return jax.jit(run.new_state, out_shardings=shardings)(key, loaded)
-
-
-def _identity(source: data.Source) -> dict[str, Any]:
-  """What a resumed run's data must share with the run's: number of images, and names of classes."""
-  names = hashlib.sha256('\n'.join(source.class_names).encode()).hexdigest()
-  return {'images': len(source), 'classes': names[:16]}
 
 
 def compile_step(run: Run, state: Any, mesh: Mesh) -> Any:
@@ -127,22 +110,39 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
     config.batch_size, config.accumulate, jax.device_count(), config.mesh.fsdp
   )
   set_compilation_cache(config.compilation_cache)
-  _check_workdir(config, epath.Path(workdir).expanduser())
-  settings = data_settings(config)
-  source = data.make_source(settings, 'train')
-  run = make_run(config, len(source), len(source.class_names))
-  _check_kernel(run)
-  mesh = sharding.make_mesh(config.mesh.fsdp)
-  checkpoints = checkpoint.Checkpoints(
-    str(epath.Path(workdir).expanduser() / 'checkpoints'),
-    config.checkpoint.every,
-    config.checkpoint.keep,
-    config.checkpoint.permanent_every,
-    config.checkpoint.asynchronous,
-  )
-  with jax.set_mesh(mesh), checkpoints:
-    state = _first_state(config, run, source, checkpoints, mesh)
-    _train(config, workdir, run, state, source, settings, checkpoints, mesh, timer)
+  workdir_lib.check_workdir(config, epath.Path(workdir).expanduser())
+  with contextlib.ExitStack() as stack:
+    # Entered first, left last: it watches the data's folder being listed, and the last checkpoint being written.
+    waits = stack.enter_context(
+      Watchdog(**config.watchdog, workdir=workdir, process=jax.process_index())
+    )
+    waits('the data to be listed', patience=_PATIENCE)
+    settings = data_settings(config)
+    source = data.make_source(settings, 'train')
+    run = make_run(config, len(source), len(source.class_names))
+    _check_kernel(run)
+    mesh = sharding.make_mesh(config.mesh.fsdp)
+    waits('the other processes to agree on the workdir')
+    check_held = stack.enter_context(workdir_lib.held(workdir))
+    # Again, now that nobody else starts there. What checkpoints clear away is this run's from here on.
+    workdir_lib.check_workdir(config, epath.Path(workdir).expanduser())
+    checkpoints = checkpoint.Checkpoints(
+      str(epath.Path(workdir).expanduser() / 'checkpoints'),
+      config.checkpoint.every,
+      config.checkpoint.keep,
+      config.checkpoint.permanent_every,
+      config.checkpoint.asynchronous,
+      before_save=check_held,
+    )
+    stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(checkpoints)
+    waits('the newest checkpoint to be read, or first weights', patience=_PATIENCE)
+    state, meta = _first_state(config, run, source, checkpoints, mesh)
+    begun = int(state.step)
+    _train(config, workdir, run, state, meta, source, settings, checkpoints, mesh, timer, waits)
+  if config.report and not jax.process_index():
+    if begun < run.total_steps or at_end.page_missing(workdir):
+      at_end.write_page(workdir, distributed.told)
 
 
 def _check_kernel(run: Run) -> None:
@@ -169,9 +169,9 @@ def judged(config: ml_collections.ConfigDict, workdir: str, best: bool = False) 
     raise initial.no_best(workdir)
   with (
     jax.set_mesh(mesh),
-    checkpoint.Checkpoints(str(directory), 0, 1, 0, False) as checkpoints,
+    checkpoint.Checkpoints(str(directory), 0, 1, read_only=True) as checkpoints,
   ):
-    state = _first_state(config, run, source, checkpoints, mesh)
+    state, _ = _first_state(config, run, source, checkpoints, mesh)
     return Evaluation(config, run, settings, mesh, source)(state)
 
 
@@ -180,11 +180,13 @@ def _train(
   workdir: str,
   run: Run,
   state: TrainState,
+  meta: Mapping[str, Any],
   source: data.Source,
   settings: data.DataSettings,
   checkpoints: checkpoint.Checkpoints,
   mesh: Mesh,
   timer: metrics.StepTimer,
+  waits: Watchdog,
 ) -> None:
   """Steps from `state` to the end: data, step, metrics a step late, guard, evaluations, checkpoints."""
   start, total = int(state.step), run.total_steps
@@ -194,13 +196,26 @@ def _train(
       print(f'the run in {workdir} is complete: nothing is left to train')
       print(_summary(workdir, total))
     return
+  waits('the evaluation to be prepared', patience=_PATIENCE)
   train_step = compile_step(run, state, mesh)
+  debugger = Debugger(run.objective, run.step, config.seed, state, mesh) if config.debug else None
   evaluation = Evaluation(config, run, settings, mesh, source)
   if config.checkpoint.best:
     check_metric(config.checkpoint.best, evaluation.names(state))
-  guard = Guard(GuardSettings(**config.guard))
+  guard = watch(
+    GuardSettings(**config.guard),
+    workdir,
+    seed=config.seed,
+    start=start,
+    learning_rate=run.schedules['learning_rate'],
+  )
+  due = Due(total, config.checkpoint.every, config.eval_every, evaluation.due)
+  if start:
+    guard.restore(meta)
+    due.restore(meta)
+  waits('metrics, and the best checkpoint, to be opened', patience=_PATIENCE)
   # From here on the workdir is this run's: no mistake of the user's is left that another config would mend.
-  _write_config(config, epath.Path(workdir).expanduser())
+  workdir_lib.write_config(config, epath.Path(workdir).expanduser())
   timer.begin()
   late, profile = metrics.Late(), Profile(config.profile_steps, workdir, start, total)
   writer = metrics.MetricWriter(
@@ -212,7 +227,7 @@ def _train(
     primary=primary,
   )
   progress = metrics.Progress(total, start, enabled=primary and config.logging.progress)
-  about = {'config': json.loads(config_lib.to_json(config)), 'data': _identity(source)}
+  about = {'config': json.loads(config_lib.to_json(config)), 'data': workdir_lib.identity(source)}
   if start:
     progress.say(f'resuming {workdir} at step {start} of {total}')
 
@@ -225,13 +240,15 @@ def _train(
     scalars |= {
       f'train/{name}': float(schedule(step - 1)) for name, schedule in run.schedules.items()
     }
+    scalars['train/skipped_steps'] = guard.skipped_by(step)
     writer.write(step, scalars)
     progress.update(step, scalars)
     guard.check(step, values)
 
   def evaluate(step: int) -> None:
+    waits(f'the evaluation at step {step}', data.waiting_for, patience=_PATIENCE)
     with timer.paused():
-      if scalars := evaluation(state):
+      if scalars := evaluation(state, due.evaluations):
         writer.write(step, scalars)
         is_best = best.offer(step, scalars, state)
         progress.say(_evaluation_line(step, scalars) + '  (the best so far)' * is_best)
@@ -245,28 +262,43 @@ def _train(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     classes=needed_classes(run, source),
+    ledger=data.Ledger(workdir, jax.process_index()),
   )
   best = Best(config.checkpoint.best, workdir, about, config.checkpoint.asynchronous)
   with writer, progress, best, contextlib.closing(batches):
-    if start == 0 and config.evaluation.at_start:
+    preempted = distributed.preempted(start)  # Told so before it began: then nothing is compiled.
+    if start == 0 and config.evaluation.at_start and not preempted:
       state = evaluation.recalibrated(state)
       evaluate(0)
-    preempted = False
+    if (
+      due.evaluations and not preempted
+    ):  # Of the step that was saved; the run was told to leave before.
+      evaluate(start)
+      due.evaluated()
     for step in range(start + 1, total + 1):
       if preempted:
         raise distributed.Preempted(
-          f'told to end after step {step - 1} of {total}; the same command goes on from the newest checkpoint'
+          f'told to end after step {step - 1} of {total}; the same command goes on from there'
         )
+      waits(f'the batch of step {step}', data.waiting_for)
       with timer.waiting():
-        batch = sharding.put_batch(next(batches), mesh)
+        rows = next(batches)
+        batch, index_B = sharding.put_batch(rows, mesh), rows['index']
+        del rows  # Hundreds of megabytes that needn't wait for the next ones.
       if step == start + 1:
+        waits.compiling('the train step')
         with timer.paused():
           train_step = train_step.lower(state, batch).compile()
+      if debugger:
+        waits(f'the checks of step {step}', patience=_PATIENCE)
+        debugger.check(step, state, batch)
       if profile.begins(step):
         with timer.paused():
           profile.start()
+      waits(f'step {step} on the device')
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
         state, values = train_step(state, batch)
+      guard.launched(step, index_B, values)
       if profile.ends(step):
         jax.block_until_ready(values)
         with timer.paused():
@@ -278,25 +310,30 @@ def _train(
       last = step == total
       if last or step % config.log_every == 0:
         late.push(step, values)
+      waits(f'the other processes after step {step}')
       preempted = distributed.preempted(step)
-      saves = last or preempted
-      saves = saves or (config.checkpoint.every and step % config.checkpoint.every == 0)
-      evaluates = last or (config.eval_every and step % config.eval_every == 0)
-      evaluates = evaluates or evaluation.due(step)
-      if not (saves or evaluates):
+      if not due.falls(step, preempted):
         continue
+      waits(f'step {step} on the device')
       report(late.flush())
-      if not guard.check_finite(step, {name: float(value) for name, value in values.items()}):
-        continue  # Neither judged nor saved: the last checkpoint stays the last good one.
+      if not (guard.settle(step) or last or preempted):
+        continue  # Judged and saved once a step counts again: that these weights can make one isn't known.
+      waits(f'statistics at step {step}', data.waiting_for, patience=_PATIENCE)
       with timer.paused():
         state = evaluation.recalibrated(state)
-      # The evaluation first: a step that is saved has been evaluated, whenever the run is killed.
-      if evaluates:
+      # The evaluation first: a step that is saved has been evaluated, whenever the run is killed. A run that is told
+      # to leave has no time for it: the next start makes up for it.
+      if due.evaluations and (last or not preempted):
         evaluate(step)
-      if saves:
+        due.evaluated()
+      if due.saves:
+        waits(f'the checkpoint of step {step}, or one before, to be written', patience=_PATIENCE)
         with timer.paused():
           best.wait()
-          checkpoints.save(step, state, about | {'step': step}, force=last or preempted)
+          kept = {'step': step, 'guard': guard.kept(), 'due': due.kept()}
+          checkpoints.save(step, state, about | kept, force=True)
+        due.saved()
+    waits('the last checkpoint to be written', patience=_PATIENCE)
     if batches.bad_count:
       logging.warning(
         '%d undecodable images were replaced: %s', batches.bad_count, batches.bad_names

@@ -16,11 +16,14 @@ from typing import Any, TextIO
 
 import numpy as np
 import tqdm
+from absl import logging
 from etils import epath
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer import event_file_writer
 
+from folk_jax import checkpoint
+from folk_jax.checkpoint.files import is_remote
 from folk_jax.errors import UserError
+from folk_jax.train.events import Events
+from folk_jax.train.faults import failures
 
 
 class MetricWriter:
@@ -60,6 +63,7 @@ class MetricWriter:
       UserError: wandb asked for and not installed, or a workdir that cannot be written.
     """
     self._lines = self._events = self._wandb = None
+    self._workdir, self._failed = workdir, False
     if wandb:
       try:
         import wandb as wandb_module  # an optional package: only where it is asked for
@@ -74,45 +78,57 @@ class MetricWriter:
       path.mkdir(parents=True, exist_ok=True)
       self._lines = _Lines(path / 'metrics.jsonl', start_step)
       if tensorboard:
-        self._events = event_file_writer.EventFileWriter(str(path / 'tensorboard'))
-        # At every such mark but the first, TensorBoard drops the older points from that step on.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add_event(start_step + 1, session_log=start)
-    except (OSError, ImportError) as error:
-      raise UserError(
-        f'cannot write metrics to {workdir}: {error}; give a --workdir that can be written'
-      ) from error
+        self._events = Events(path / 'tensorboard', start_step + 1)
+    except (*failures(path), ImportError) as error:
+      why = checkpoint.unwritable(error, path)
+      why = why or f'{error}; give a --workdir that can be written'
+      raise UserError(f'cannot write metrics to {workdir}: {why}') from error
     if wandb:
       self._wandb = wandb_module.init(
         config=dict(config or {}),
-        dir=None if _is_remote(path) else str(path),
+        dir=None if is_remote(path) else str(path),
         id=_run_id(path),
         resume='allow',
       )
 
   def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Writes scalars (Python, NumPy or jax, for which it waits) under their slash-named keys."""
+    """Writes scalars (Python, NumPy or jax, for which it waits) under their slash-named keys.
+
+    Raises:
+      UserError: the disk is full, or is not to be written any more.
+    """
     values = {key: float(value) for key, value in scalars.items()}
+    with self._writing(f'the metrics of step {step}'):
+      self._write(step, values)
+
+  def _write(self, step: int, values: Mapping[str, float]) -> None:
     if self._lines is not None:
       self._lines.add(step, values)
     if self._events is not None:
-      points = [
-        summary_pb2.Summary.Value(tag=key, simple_value=value) for key, value in values.items()
-      ]
-      self._add_event(step, summary=summary_pb2.Summary(value=points))
-      self._events.flush()
+      self._events.write(step, values)
     if self._wandb is not None:
       self._wandb.log(values, step=step)
 
-  def _add_event(self, step: int, **what: Any) -> None:
-    self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
+  @contextlib.contextmanager
+  def _writing(self, what: str) -> Iterator[None]:
+    try:
+      yield
+    except failures(self._workdir) as error:
+      self._failed = True
+      why = checkpoint.unwritable(error, self._workdir) or str(error)
+      raise UserError(f'cannot write {what} to {self._workdir}: {why}') from error
 
   def close(self) -> None:
-    """Flushes and closes; a second call does nothing."""
+    """Flushes and closes; a second call does nothing. Raises as `write` does, which has not failed before."""
     for name in ('_lines', '_events'):
-      if getattr(self, name) is not None:
-        getattr(self, name).close()
-        setattr(self, name, None)
+      writer = getattr(self, name)
+      setattr(self, name, None)
+      if writer is None:
+        continue
+      # What could not be written was said once; files try it again when they are closed.
+      passing = contextlib.suppress(*failures(self._workdir))
+      with passing if self._failed else self._writing('the last metrics'):
+        writer.close()
     if self._wandb is not None:
       self._wandb.finish()
       self._wandb = None
@@ -126,15 +142,17 @@ class MetricWriter:
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
   """Reads `metrics.jsonl` back: a dict a line, 'nan' and 'inf' as floats, no line cut short."""
-  path = epath.Path(workdir).expanduser() / 'metrics.jsonl'
-  if not path.exists():
-    return []
   lines = []
-  for line in path.read_text().splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
+  for line in _text(epath.Path(workdir).expanduser() / 'metrics.jsonl').splitlines():
+    # A kill cuts a line short, a lost machine may leave anything at the end of the file.
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
       record = json.loads(line)
       lines.append({key: value if key == 'step' else float(value) for key, value in record.items()})
   return lines
+
+
+def _text(path: epath.Path) -> str:
+  return (path.read_bytes() if path.exists() else b'').decode('utf-8', 'replace')
 
 
 class _Lines:
@@ -145,12 +163,12 @@ class _Lines:
 
   def __init__(self, path: epath.Path, start_step: int):
     self._path = path
-    text = path.read_text() if path.exists() else ''
+    text = _text(path)
     kept = ''.join(f'{line}\n' for line in text.splitlines() if _belongs(line, start_step))
     if kept != text:
-      _replace(path, kept)
+      checkpoint.replace_text(path, kept)
     self._text, self._written_at = kept, time.monotonic()
-    self._file = None if _is_remote(path) else open(path, 'a', encoding='utf-8')
+    self._file = None if is_remote(path) else open(path, 'a', encoding='utf-8')
 
   def add(self, step: int, values: Mapping[str, float]) -> None:
     record = {'step': int(step)} | {
@@ -163,11 +181,14 @@ class _Lines:
       return
     self._text += line
     if time.monotonic() - self._written_at > self.REWRITE_SECONDS:
-      self._rewrite()
+      try:
+        self._rewrite()
+      except failures(self._path) as error:  # Nothing is lost: the next time all is written anew.
+        logging.warning('cannot write %s this time: %s', self._path, error)
 
   def _rewrite(self) -> None:
-    self._path.write_text(self._text)
     self._written_at = time.monotonic()
+    self._path.write_text(self._text)
 
   def close(self) -> None:
     if self._file is not None:
@@ -176,22 +197,11 @@ class _Lines:
       self._rewrite()
 
 
-def _is_remote(path: epath.Path) -> bool:
-  return '://' in str(path)
-
-
 def _belongs(line: str, start_step: int) -> bool:
   try:
     return json.loads(line)['step'] <= start_step
-  except (json.JSONDecodeError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     return False  # cut short by a kill
-
-
-def _replace(path: epath.Path, text: str) -> None:
-  """Writes a file so that a kill leaves the old one or the new one, never a part."""
-  fresh = path.parent / f'{path.name}.tmp'
-  fresh.write_text(text)
-  fresh.replace(path)
 
 
 def _run_id(path: epath.Path) -> str:

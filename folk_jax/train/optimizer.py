@@ -264,6 +264,33 @@ def make_optimizer(
   return optax.with_extra_args_support(optax.chain(*links)), rates
 
 
+def without_update(before: Any, after: Any) -> Any:
+  """The state after a step whose update is not made: moments, their bias correction and the teacher as `before`.
+
+  The schedules' positions are those of `after`: they say where the run is, as its step does, so that a skipped step
+  shifts no schedule and what is logged beside it is what is applied.
+
+  Args:
+    before: the optax state before the step.
+    after: the one that the update returned, which was not finite.
+
+  Returns:
+    An optax state.
+  """
+
+  def choose(path, old, new):
+    is_position = path and _name(path[-1]) == 'count' and jnp.issubdtype(new.dtype, jnp.integer)
+    return new if is_position else old
+
+  def stay(path, old, new):
+    # Adam's own count is of updates made: it corrects the bias of the moments beside it.
+    return old if isinstance(old, optax.ScaleByAdamState) else choose(path, old, new)
+
+  return jax.tree.map_with_path(
+    stay, before, after, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState)
+  )
+
+
 def _shifted(schedule: optax.Schedule, start_step: int) -> optax.Schedule:
   return lambda count: schedule(count + start_step)
 

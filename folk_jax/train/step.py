@@ -1,4 +1,13 @@
-"""One optimiser step: microbatches, gradients, the optax chain (teacher last), metrics."""
+"""One optimiser step: microbatches, gradients, the optax chain (teacher last), metrics.
+
+A step whose loss, gradient or next `extra` isn't finite is skipped inside the compiled program: parameters, optimiser,
+teacher and `extra` stay as they were, bit for bit, and the run's step goes on, which the data, the random draws and the
+schedules are functions of. On CPUs and TPUs it is a branch and not a choice value by value, which would keep both
+values of every moment and parameter and pass over them once more (10 % more temporary memory and 2 % more bytes for
+ViT-S on a CPU). On GPUs it is the choice: XLA's runtime there brings a branch's condition to the host and waits for it,
+by its source, so that nothing of the next step could be launched before this one's gradient is there. That hasn't been
+measured yet.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from folk_jax.objectives import LossOutput, Objective
+from folk_jax.train.optimizer import without_update
 from folk_jax.train.state import TrainState, teacher_of
 
 Step = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
@@ -26,8 +36,9 @@ def make_train_step(
     accumulate: microbatches a step; each spreads over all devices.
 
   Returns:
-    The step. Its metrics are float32 scalars: the objective's, `gradient_norm` and `nonfinite` (1 where the loss or
-    the gradient's norm isn't finite).
+    The step. Its metrics are float32 scalars: the objective's; `gradient_norm`, and `gradient_norm_<name>` of each
+    tree of the parameters; and `nonfinite`, 1 where the step was skipped because its loss, its gradient (whose squares
+    must be finite in sum, too) or the objective's next state isn't finite.
   """
 
   def step(
@@ -42,19 +53,41 @@ def make_train_step(
 
     gradient, output = accumulated(jax.grad(loss, has_aux=True), state.params, batch, accumulate)
     with jax.named_scope('optimizer'):
-      updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-      params = optax.apply_updates(state.params, updates)
-      norm = optax.tree.norm(gradient)
-    finite = jnp.isfinite(norm) & jnp.isfinite(output.loss)
+      norms = {name: optax.tree.norm(tree) for name, tree in gradient.items()}
+      norm = jnp.sqrt(sum(jnp.square(norm) for norm in norms.values()))
+      finite = jnp.isfinite(norm) & jnp.isfinite(output.loss)
+      # The objective's state is small: a variance may overflow where the loss doesn't.
+      for leaf in jax.tree.leaves(output.extra):
+        finite &= jnp.all(jnp.isfinite(leaf))
+
+      def update():
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state, output.extra
+
+      def skip():
+        _, moved = optimizer.update(gradient, state.opt_state, state.params)
+        return state.params, without_update(state.opt_state, moved), state.extra
+
+      def branch():
+        return jax.lax.cond(finite, update, skip)
+
+      def choose():
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(), skip())
+
+      # Decided when it is compiled: a platform's program has one of the two.
+      params, opt_state, extra = jax.lax.platform_dependent(
+        cuda=choose, rocm=choose, default=branch
+      )
     metrics = output.metrics | {
       'gradient_norm': norm,
+      **{f'gradient_norm_{name}': value for name, value in norms.items()},
       'nonfinite': 1.0 - finite.astype(jnp.float32),
     }
     state = TrainState(
       step=state.step + 1,
       params=params,
       opt_state=opt_state,
-      extra=output.extra,
+      extra=extra,
     )
     return state, metrics
 

@@ -109,7 +109,7 @@ def test_what_jax_says_of_those_it_cannot_join(error, expected, words, initializ
 @pytest.mark.parametrize('heeds', [True, False])
 def test_jax_takes_sigterm_where_somebody_looks(heeds, initialize):
   heeded = initialize(None)
-  with distributed.joined(Cluster('GKE'), heed_sigterm=heeds):
+  with distributed.joined(Cluster('GKE'), heed_signals=heeds):
     pass
   assert heeded == [heeds]
 

@@ -1,4 +1,4 @@
-"""How a process starts alone, sees that others share its workdir, and ends before its time."""
+"""How a process starts alone, sees that others share its workdir, is told to end, and ends before its time."""
 
 import os
 import signal
@@ -33,22 +33,49 @@ def test_a_single_process_loads_no_jax():
   assert done.returncode == 0, done.stderr
 
 
-def test_sigterm_asks_once_and_then_kills():
-  before = signal.getsignal(signal.SIGTERM)
+def test_a_silent_process_still_says_what_it_finds_in_its_data():
+  code = (
+    'from absl import logging\n'
+    'from folk_jax.data import notices\n'
+    'from folk_jax.distributed import leaving\n'
+    'leaving.hush()\n'
+    'print("hidden")\n'
+    'logging.warning("hidden")\n'
+    'notices.warn(3, "a bad file: 100% of it")\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, timeout=60, check=False
+  )
+  assert done.returncode == 0 and not done.stdout
+  assert done.stderr.rstrip().endswith('process 3: a bad file: 100% of it')
+  assert 'hidden' not in done.stderr
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_asks(number, status):
+  before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
   with distributed.joined(None):
     assert not distributed.preempted(1)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     assert distributed.preempted(2) and distributed.preempted(3)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-  assert signal.getsignal(signal.SIGTERM) == before
+    assert distributed.Preempted('').status == status
+  assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
   with distributed.joined(None):
     assert not distributed.preempted(1)
 
 
-def test_sigterm_kills_where_nobody_would_look():
-  before = signal.getsignal(signal.SIGTERM)
-  with distributed.joined(None, heed_sigterm=False):
-    assert signal.getsignal(signal.SIGTERM) == before
+def test_a_person_among_those_who_told_it_is_obeyed():
+  """At once, as a launcher that passes Ctrl-C on as SIGTERM sends both: no second signal."""
+  with distributed.joined(None):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert distributed.Preempted('').status == 130
+
+
+def test_signals_kill_where_nobody_would_look():
+  before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+  with distributed.joined(None, heed_signals=False):
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
     assert not distributed.preempted(1)
 
 

@@ -133,7 +133,7 @@ def test_a_mistake_ends_it_and_anything_else_restarts_it():
   assert rule['onExitCodes'] == {
     'containerName': pod_of(manifest)['containers'][0]['name'],
     'operator': 'In',
-    'values': [2],
+    'values': [2, 130],
   }
 
 

@@ -126,6 +126,12 @@ def test_keep_gives_up(answers, calls, words, keep, tmp_path):
   assert (tmp_path / 'logs' / 'folk').is_dir() == bool(calls)
 
 
+def test_what_a_person_has_ended_is_not_started_again(keep):
+  done, changed, left = keep('ACTIVE', '130')
+  assert (done.returncode, changed, left) == (130, '', [])
+  assert done.stderr.splitlines()[-1].startswith('the run was saved and ended by hand')
+
+
 def test_a_gcloud_that_cannot_say_is_heard(keep):
   done, _, _ = keep('DOWN', 'ACTIVE', '0')
   assert 'There was a problem refreshing your tokens' in done.stderr

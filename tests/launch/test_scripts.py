@@ -228,16 +228,30 @@ def test_a_slurm_step_has_a_process_a_node_or_a_gpu(arguments, environment, expe
 
 
 @pytest.mark.parametrize(
-  'status, restarts, requeued', [(0, 0, False), (143, 0, True), (143, 5, False), (1, 0, False)]
+  'status, said, restarts, requeued',
+  [
+    (0, '', 0, False),
+    (143, '', 0, True),
+    (143, '', 5, False),
+    (130, '', 0, False),
+    (1, '', 0, False),
+    (75, '', 0, True),
+    (75, '', 5, False),
+    (137, 'srun: error: n1: task 0: Exited with exit code 75', 0, True),
+    (137, 'srun: error: n1: task 0: Killed', 4, True),
+    (137, 'srun: error: n1: task 0: Killed', 5, False),
+    # A mistake, that one task found first: the others were killed for it.
+    (137, 'srun: error: n1: task 3: Exited with exit code 2', 0, False),
+  ],
 )
-def test_a_slurm_job_that_was_told_to_end_goes_back_into_the_queue(
-  status, restarts, requeued, tools, tmp_path
+def test_a_slurm_job_that_was_told_to_end_or_hung_goes_back_into_the_queue(
+  status, said, restarts, requeued, tools, tmp_path
 ):
   checkout = tmp_path / 'checkout'
   shutil.copytree(LAUNCH, checkout / 'launch')
   (checkout / '.venv' / 'bin').mkdir(parents=True)
   (checkout / '.venv' / 'bin' / 'python').symlink_to('/bin/true')
-  folder = tools('srun', f'#!/bin/sh\nexit {status}\n')
+  folder = tools('srun', f'#!/bin/sh\necho shown\necho "{said}" >&2\nexit {status}\n')
   tools('scontrol', f'#!/bin/sh\necho "$@" >{folder}/requeued\n')
   done = bash(
     checkout / 'launch' / 'slurm.sbatch', '--requeues=5', *RUN,
@@ -245,6 +259,7 @@ def test_a_slurm_job_that_was_told_to_end_goes_back_into_the_queue(
     SLURM_RESTART_COUNT=str(restarts),
   )  # fmt: skip
   assert done.returncode == status, done.stderr
+  assert 'shown\n' in done.stdout and f'{said}\n' in done.stderr
   assert (folder / 'requeued').exists() == requeued
   if requeued:
     assert (folder / 'requeued').read_text() == 'requeue 7\n'

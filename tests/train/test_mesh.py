@@ -61,13 +61,24 @@ def test_what_does_not_fit_a_slice_is_refused():
 # Files that open what lies in a workdir, and what else may open files there: the one line of metrics.jsonl that is
 # appended to on a disk alone.
 IN_WORKDIRS = (
-  'checkpoint.py', 'evaluate.py', 'suite.py', *(
+  'evaluate.py', 'suite.py', *(
     path.relative_to(ROOT / 'folk_jax').as_posix()
-    for room in ('train', 'evals')
+    for room in ('checkpoint', 'train', 'evals')
     for path in sorted((ROOT / 'folk_jax' / room).glob('*.py'))
+    if path.name not in ('digests.py', 'lock.py')  # Of disks: they let buckets alone.
   ),
 )  # fmt: skip
-ON_A_DISK = {('train/metrics.py', "open(path, 'a', encoding='utf-8')")}
+ON_A_DISK = {
+  ('train/metrics.py', "open(path, 'a', encoding='utf-8')"),
+  ('checkpoint/files.py', 'shutil'),  # How much of a disk is free.
+  ('checkpoint/files.py', "open(fresh, 'w', encoding='utf-8')"),  # To flush it to the disk.
+  ('checkpoint/files.py', 'os.fsync'),
+  # Stacks of a run that hangs are written on a disk, and for a bucket to stderr; and it leaves at once.
+  ('train/watchdog.py', 'pathlib'),
+  ('train/watchdog.py', "open(self._stacks, 'a', encoding='utf-8')"),
+  ('train/watchdog.py', 'os._exit'),
+  ('train/origins.py', 'pathlib'),  # Of source files.
+}
 
 
 def local_only(file: str, source: str) -> list[str]:

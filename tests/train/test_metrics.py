@@ -143,7 +143,7 @@ def test_mistakes_are_said_in_words(tmp_path, monkeypatch):
 def test_the_file_of_a_bucket_is_written_anew_and_complete_on_close(tmp_path, monkeypatch):
   # A stand-in for an object store, which cannot append: the same code path on a local file.
   path = metrics.epath.Path(tmp_path / 'metrics.jsonl')
-  monkeypatch.setattr(metrics, '_is_remote', lambda _: True)
+  monkeypatch.setattr(metrics, 'is_remote', lambda _: True)
   lines = metrics._Lines(path, 0)
   lines.add(1, {'a': 1.0})
   assert not path.exists()
