@@ -50,7 +50,8 @@ ROWS: dict[str, dict[str, Any]] = {
   'vit_b_v4_16': _row('FOLK, ViT-B/16', 'vit_b.py', 'v4:2x2x4', batch_size=1024, **_PALLAS),
   'mfm_v5e_16': _row('MFM, ViT-B/16', 'mfm.py', 'v5e:4x4', batch_size=1024, **_PALLAS),
   'mae_v5e_16': _row('MAE, ViT-B/16', 'mae.py', 'v5e:4x4', batch_size=1024, **_PALLAS),
-  'dino_v5e_16': _row(
+  'dino_v5e_16': _row('DINO, ViT-S/16', 'dino.py', 'v5e:4x4', batch_size=512, **_PALLAS),
+  'dino_b_v5e_16': _row(
     'DINO, ViT-B/16', 'dino.py:model=vit_b', 'v5e:4x4', batch_size=512, **_PALLAS
   ),
   'ibot_v5e_16': _row(
