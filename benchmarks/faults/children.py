@@ -115,6 +115,9 @@ def kill(process: subprocess.Popen) -> None:
   except ProcessLookupError:
     pass
   process.wait()
+  for stream in (process.stdout, process.stderr):
+    if stream is not None:
+      stream.close()
 
 
 def within(seconds: float, condition: Callable[[], Any], pause: float = 0.01) -> bool:

@@ -29,7 +29,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
   file = workdir / 'config.json'
   with using(workdir):
     if file.exists():
-      config_lib.check_same_run(checkpoint.read_json(file), config, str(workdir))
+      config_lib.check_same_run(_config_in(file), config, str(workdir))
 
 
 def write_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
@@ -40,6 +40,15 @@ def write_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None
   with using(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_text(file, config_lib.to_json(config))
+
+
+def _config_in(file: epath.Path) -> dict[str, Any]:
+  try:
+    return checkpoint.read_json(file)
+  except UserError as error:
+    raise UserError(
+      f'cannot use workdir {file.parent}: {error}. Bring {file.name} back from a copy, or give another --workdir.'
+    ) from error
 
 
 @contextlib.contextmanager

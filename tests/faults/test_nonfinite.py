@@ -319,8 +319,7 @@ def test_logs_in_a_bucket_that_refuses_end_no_run(tmp_path, monkeypatch, caplog)
 
   log = spikes.Spikes(6.0, 32, lambda step: 0.1, str(tmp_path))
   kept = faults.Faults(str(tmp_path), seed=0)
-  for module in (faults, spikes):
-    monkeypatch.setattr(module, 'write', refuse)
+  monkeypatch.setattr(checkpoint, 'replace_text', refuse)
   rows = np.arange(2)
   with pytest.raises(Refused):  # On a disk nothing but the system refuses.
     kept.record(1, rows, {'loss': math.nan})

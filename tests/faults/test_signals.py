@@ -39,7 +39,7 @@ def save():
 
 def evaluation():
   from folk_jax.train import evaluation, loop
-  evaluation.Evaluation.__call__ = lambda self, state: for_minutes('evaluating')
+  evaluation.Evaluation.__call__ = lambda self, state, due: for_minutes('evaluating')
   return loop.pretrain
 
 def compilation():

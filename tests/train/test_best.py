@@ -167,7 +167,7 @@ def runs(tmp_path_factory):
   folder = tmp_path_factory.mktemp('best')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      Evaluation, '__call__', lambda self, state: {'eval/top1': SCORES[int(state.step)]}
+      Evaluation, '__call__', lambda self, state, due: {'eval/top1': SCORES[int(state.step)]}
     )
     patch.setattr(Evaluation, 'names', lambda self, state: ('eval/top1',))
     # The three starts are of one configuration: they share one compiled step.
