@@ -386,8 +386,3 @@ def test_a_run_without_room_ends_in_a_line_and_goes_on_to_the_same_end(runs):
 @pytest.mark.slow
 def test_a_run_goes_on_from_the_step_before_the_damaged_one(runs):
   assert storage.damaged(runs, 0, 'a bit of a large array flipped') == ''
-
-
-@pytest.mark.slow
-def test_two_runs_at_once(runs):
-  assert storage.two_runs(runs, 1) == ''

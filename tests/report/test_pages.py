@@ -15,7 +15,6 @@ SECTIONS = {
   'folk': {'filters', 'rebuilt'},
   'folk_resnet': {'filters', 'rebuilt'},
   'wavelet_mim': {'rebuilt'},
-  'ibot': set(),
   'denoise': {'rebuilt'},
 }
 
