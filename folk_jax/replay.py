@@ -128,7 +128,9 @@ def replay(
 def _read_config(workdir: str) -> ml_collections.ConfigDict:
   file = epath.Path(workdir).expanduser() / 'config.json'
   if not file.exists():
-    raise UserError(f'--workdir={workdir} holds no run: {file} is missing')
+    raise UserError(
+      f'--workdir={workdir} holds no run: {file} is missing; give the --workdir of a run'
+    )
   return ml_collections.ConfigDict(_tuples(checkpoint.read_json(file)))
 
 
