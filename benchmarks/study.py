@@ -7,11 +7,16 @@
 
 A row is a method, a budget and a seed; its parts are training and the evaluations of what was trained. Started again
 with the same command it goes on: finished parts stand in the JSON, an unfinished run resumes from its checkpoint.
+Started several times side by side, the commands share the rows among them: a small network uses two cores better as
+two runs (`taskset -c 0 python benchmarks/study.py ... & taskset -c 1 python benchmarks/study.py ...`), and several GPUs
+as one run each (CUDA_VISIBLE_DEVICES).
 Equal epochs: every method sees the images equally often. Equal compute: every method trains for as many products of
 matrices as the study's first one (counted by tracing its step, no figure of which is typed).
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -131,17 +136,31 @@ def flops_an_image(study: Study, method: Method, path: str) -> float:
 
 
 class Rows:
-  """The JSON of a study: rows by (method, budget, seed), written anew after each part."""
+  """The JSON of a study: rows by (method, budget, seed), written anew after each part.
+
+  Other commands may write it, too: what they found out is read before anything is written or begun.
+  """
 
   def __init__(self, study: Study, out: pathlib.Path):
     self._study, self._out = study, out
     self._asked = {'study': study.name, 'steps': study.steps, 'batch_size': study.batch_size}
     self._rows: dict[tuple, dict[str, Any]] = {}
-    if out.exists():
-      found = json.loads(out.read_text(encoding='utf-8'))
-      if found['asked'] != self._asked:
-        raise UserError(f'{out} holds {found["asked"]}, not {self._asked}: name another --out')
-      self._rows = {(row['method'], row['budget'], row['seed']): row for row in found['rows']}
+    self.refresh()
+
+  def refresh(self) -> None:
+    """Takes in the parts that stand in the file.
+
+    Raises:
+      UserError: they are another study's.
+    """
+    if not self._out.exists():
+      return
+    found = json.loads(self._out.read_text(encoding='utf-8'))
+    if found['asked'] != self._asked:
+      raise UserError(f'{self._out} holds {found["asked"]}, not {self._asked}: name another --out')
+    for row in found['rows']:
+      own = self._rows.setdefault((row['method'], row['budget'], row['seed']), row)
+      own |= row | {'parts': own['parts'] | row['parts']}
 
   def row(self, method: Method, budget: str, seed: int) -> dict[str, Any]:
     key = (method.name, budget, seed)
@@ -165,11 +184,27 @@ class Rows:
       'load_average': now['machine']['load_average'],
     }
     order = [method.name for method in self._study.methods]
-    rows = [row for row in self._rows.values() if row['parts']]
-    rows.sort(key=lambda row: (row['budget'] == 'compute', row['seed'], order.index(row['method'])))
-    device = _device()
-    what = {'what': f'Study: {self._study.title}', 'asked': self._asked}
-    report.write_json(self._out, what | report.context(device) | {'rows': rows})
+    with alone(self._out):
+      self.refresh()
+      rows = [row for row in self._rows.values() if row['parts']]
+      rows.sort(
+        key=lambda row: (row['budget'] == 'compute', row['seed'], order.index(row['method']))
+      )
+      what = {'what': f'Study: {self._study.title}', 'asked': self._asked}
+      report.write_json(self._out, what | report.context(_device()) | {'rows': rows})
+
+
+@contextlib.contextmanager
+def alone(path: pathlib.Path, wait: bool = True) -> Iterator[bool]:
+  """Holds `path`'s lock, which ends with the process; False where another has it and `wait` is False."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path.with_name(f'{path.name}.lock'), 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      yield False
+    else:
+      yield True
 
 
 def _device() -> str:
@@ -320,28 +355,30 @@ def main() -> None:
   work: dict[str, float] = {}
   try:
     for budget, part, seed, method in plan(study, flags):
-      row = rows.row(method, budget, seed)
-      if part in row['parts']:
-        continue
-      if part != 'train' and 'train' not in row['parts']:
-        continue
-      if deadline and time.monotonic() + rows.seconds(part, method) > deadline:
-        raise OutOfTime
-      for one in (study.methods[0], method):
-        if one.name not in work:
-          work[one.name] = flops_an_image(study, one, flags.path)
-      own, first = work[method.name], work[study.methods[0].name]
-      steps = study.steps if budget == 'epochs' else round(study.steps * first / own)
-      steps = UNTRAINED_STEPS if is_untrained(method) else steps
-      row |= {'steps': steps, 'gflop_an_image': own / 1e9}
-      check_settings(study, method, row, flags.path)
       name = ''.join(c if c.isalnum() else '_' for c in method.name.lower())
       workdir = flags.workdir / f'{name}_{budget}_{seed}'
-      print(f'== {method.name}, equal {budget}, seed {seed}: {part} ({steps} steps)', flush=True)
-      if part == 'train':
-        rows.keep(row, part, train(study, method, row, workdir, flags.path, deadline))
-      else:
-        rows.keep(row, part, evaluate(study, part, workdir, seed, deadline))
+      with alone(workdir, wait=False) as mine:
+        rows.refresh()
+        row = rows.row(method, budget, seed)
+        untrained = part != 'train' and 'train' not in row['parts']
+        if not mine or part in row['parts'] or untrained:
+          continue
+        if deadline and time.monotonic() + rows.seconds(part, method) > deadline:
+          raise OutOfTime
+        for one in (study.methods[0], method):
+          if one.name not in work:
+            work[one.name] = flops_an_image(study, one, flags.path)
+        own, first = work[method.name], work[study.methods[0].name]
+        steps = study.steps if budget == 'epochs' else round(study.steps * first / own)
+        steps = UNTRAINED_STEPS if is_untrained(method) else steps
+        row |= {'steps': steps, 'gflop_an_image': own / 1e9}
+        check_settings(study, method, row, flags.path)
+        print(f'== {method.name}, equal {budget}, seed {seed}: {part} ({steps} steps)', flush=True)
+        if part == 'train':
+          values = train(study, method, row, workdir, flags.path, deadline)
+        else:
+          values = evaluate(study, part, workdir, seed, deadline)
+        rows.keep(row, part, values)
   except OutOfTime:
     print('the time is over; the same command goes on')
   show(study, rows, flags)
