@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import cost_tables
 import report
 from measured_tables import cells, cores, measured
 
@@ -204,6 +205,7 @@ def main() -> None:
     page, 'cores', cores(loader, [row for row in dryrun['rows'] if row['fits']])
   )
   page = _between_marks(page, 'measured', measured(_RESULTS))
+  page = _between_marks(page, 'cost', cost_tables.section(_RESULTS))
   _PAGE.write_text(page, encoding='utf-8')
   print(f'written to {_PAGE}')
 
