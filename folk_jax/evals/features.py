@@ -11,9 +11,14 @@ import numpy as np
 from jax import numpy as jnp
 from jax.experimental import multihost_utils
 
+from folk_jax.errors import UserError
 from folk_jax.models.features import FEATURES, encode_options, feature
 
-__all__ = ['FEATURES', 'encode_options', 'extract', 'feature']
+__all__ = ['FEATURES', 'Diverged', 'encode_options', 'extract', 'feature']
+
+
+class Diverged(UserError):
+  """A network gives features that are not finite: nothing can be judged by them."""
 
 
 def extract(
@@ -45,6 +50,7 @@ def extract(
     features float32 [N, D], or a dict of them, and labels int32 [N], in the order of the batches.
 
   Raises:
+    Diverged: an image's feature is not finite.
     ValueError: if a batch does not hold exactly one view an image, or no row is valid.
   """
   put = put or jnp.asarray
@@ -84,7 +90,21 @@ def extract(
     collect(pending)
   if not sum(map(len, labels)):
     raise ValueError('no valid image among the batches to extract features from')
-  return jax.tree.map(lambda *parts: np.concatenate(parts), *features), np.concatenate(labels)
+  found = jax.tree.map(lambda *parts: np.concatenate(parts), *features)
+  _check_finite(found)
+  return found, np.concatenate(labels)
+
+
+def _check_finite(found: Any) -> None:
+  for feature_ND in jax.tree.leaves(found):
+    # A float64 sum is finite exactly where all its float32 terms are, and takes no second array.
+    with np.errstate(invalid='ignore'):
+      bad = int(np.sum(~np.isfinite(feature_ND.sum(axis=1, dtype=np.float64))))
+    if bad:
+      raise Diverged(
+        f'the network gives {bad} of {len(feature_ND)} images features that are not finite, so it cannot be judged: '
+        'it has diverged. Take an earlier checkpoint, or train with a lower optimizer.learning_rate.'
+      )
 
 
 def _to_host(arrays: Any) -> Any:

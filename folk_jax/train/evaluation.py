@@ -24,6 +24,7 @@ from folk_jax.objectives.base import mean_over_count
 from folk_jax.signal.augment import normalise
 from folk_jax.train import sharding
 from folk_jax.train import state as state_lib
+from folk_jax.train.guard import RunStopped
 from folk_jax.train.run import Run
 from folk_jax.train.state import TrainState
 
@@ -90,6 +91,9 @@ class Evaluation:
     Args:
       state: of the run.
       due: the steps whose evaluation this is, by default the state's own: one may have been put off.
+
+    Raises:
+      RunStopped: the network's features are not finite.
     """
     if self._test is None:
       return {}
@@ -232,6 +236,8 @@ class Evaluation:
           raise UserError(
             f'{error}; or leave out kNN, which asks for it: config.evaluation.knn=().'
           ) from error
+        except features.Diverged as error:
+          raise RunStopped(f'in the evaluation {error}') from error
     return sets
 
   def _knn(self, sets: list[np.ndarray]) -> dict[str, float]:

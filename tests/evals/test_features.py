@@ -12,7 +12,7 @@ import pytest
 from jax import numpy as jnp
 
 from folk_jax.errors import UserError
-from folk_jax.evals.features import extract, feature
+from folk_jax.evals.features import Diverged, extract, feature
 from folk_jax.models import BackboneOutput
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +123,17 @@ def test_batches_without_a_valid_image_are_refused():
   for nothing in ([], batches(1, padding=4)):
     with pytest.raises(ValueError, match='no valid image'):
       extract(mean_colour, 1.0, nothing)
+
+
+@pytest.mark.parametrize('named', [False, True])
+def test_a_network_whose_features_are_not_finite_is_not_judged(named):
+  def network(params, image_BHWC):
+    # Black images are divided by zero; the first of each batch is one.
+    feature_BD = 1 / mean_colour(params, image_BHWC.at[0].set(0))
+    return {'mean': mean_colour(params, image_BHWC), 'inverse': feature_BD} if named else feature_BD
+
+  with pytest.raises(Diverged, match='2 of 8 images features that are not finite'):
+    extract(network, 1.0, batches(2))
 
 
 def test_pairs_of_views_are_refused():

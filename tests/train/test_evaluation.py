@@ -9,16 +9,18 @@ from folk_jax.data.folder import FolderSource
 from folk_jax.errors import UserError
 from folk_jax.train import sharding
 from folk_jax.train.evaluation import Evaluation
+from folk_jax.train.guard import RunStopped
 from folk_jax.train.run import data_settings, make_run
 
 
-def evaluate(path, recipe='vit_b.py', classes=0, **fields):
+def evaluate(path, recipe='vit_b.py', classes=0, scale=1.0, **fields):
   recipe = config.load_recipe(f'configs/{recipe}', f'smoke,data=folder,path="{path}"')
   recipe.data.update(fields)
   run = make_run(recipe, images=8, classes=classes)
   mesh = sharding.make_mesh()
   evaluation = Evaluation(recipe, run, data_settings(recipe), mesh)
   state = jax.jit(run.new_state)(jax.random.key(0), {})
+  state = state.replace(params=jax.tree.map(lambda weight: scale * weight, state.params))
   scalars = evaluation(state)
   assert evaluation.names(state) == (*scalars,)  # Said beforehand.
   return scalars
@@ -37,6 +39,13 @@ def test_kNN_of_colours_and_reconstruction(tmp_path):
   scalars = evaluate(tmp_path)
   assert scalars['eval/knn_top1_k1'] == scalars['eval/knn_top1'] == 1.0
   assert 0 < scalars['eval/reconstruction'] and 0 < scalars['eval/reconstruction_of_mean']
+
+
+def test_a_network_that_has_diverged_stops_the_run_in_words(tmp_path):
+  for split in ('train', 'val'):
+    write_images(tmp_path / split / 'blue', [(0, 0, 200 + i) for i in range(9)])
+  with pytest.raises(RunStopped, match='in the evaluation the network gives 9 of 9 .* diverged'):
+    evaluate(tmp_path, scale=1e38)
 
 
 def test_without_labels_only_reconstruction(tmp_path):
