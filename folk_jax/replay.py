@@ -116,9 +116,10 @@ def replay(
     state = state.replace(step=np.int32(step - 1))
     failed = Debugger(run.objective, run.step, config.seed, state, mesh).failed(state, batch)
     found = explain(run.objective, state, batch, config.seed)
+  older = step - 1 - done
   lines = [
     f'step {step} of {workdir}: {rows["index"].size} images; {said}',
-    f'weights after step {done} of it, {step - 1 - done} steps older than the ones it had',
+    f'weights after step {done} of it, {older} step{"s" * (older != 1)} older than the ones it had',
     *_table(found, rows['index'], source),
     *_verdict(found, failed, rows['index']),
   ]
@@ -210,8 +211,11 @@ def _table(found: Explanation, index_B: np.ndarray, source: data.Source) -> list
     note = '  <- not finite' if found.bad_B[row] else ''
     number = int(index_B[row])
     lines.append(f'  {number:>10}  {found.loss_B[row]:>12.5g}  {source.name(number)}{note}')
-  left = index_B.size - _SHOWN
-  return lines + [f'  and {left} more, to {np.nanmin(found.loss_B):.5g}'] * (left > 0)
+  rest = found.loss_B[order[_SHOWN:]]
+  if rest.size:
+    least = f'down to {rest[-1]:.5g}' if np.isfinite(rest[-1]) else 'none of them finite'
+    lines.append(f'  and {rest.size} more, {least}')
+  return lines
 
 
 def _verdict(found: Explanation, failed: Sequence[str], index_B: np.ndarray) -> list[str]:

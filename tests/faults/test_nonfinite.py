@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -264,6 +265,17 @@ def test_replay_finds_the_image_and_the_operation(skipping):
   assert row.split()[0] == str(BAD)
   assert 'in image 7: weighing: div gave nan in float32[1] (tests/support/brittle.py:' in said
   assert {path: path.stat().st_mtime_ns for path in skipping.rglob('*')} == before
+
+
+@pytest.mark.parametrize(
+  'loss, last', [(np.nan, 'and 2 more, none of them finite'), (0.5, 'and 2 more, down to 0.5')]
+)
+def test_replays_table_says_what_it_leaves_out(loss, last):
+  loss_B = np.float32([np.nan] * 11 + [loss])
+  found = types.SimpleNamespace(loss_B=loss_B, bad_B=np.isnan(loss_B))
+  source = types.SimpleNamespace(name='photograph {}'.format)
+  lines = replay._table(found, np.arange(12), source)
+  assert lines[10].endswith('photograph 9  <- not finite') and lines[11].strip() == last
 
 
 def test_replay_catches_up_refuses_what_is_not_there_and_other_data(skipping, tmp_path):
