@@ -34,6 +34,7 @@ _COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
   'fine-tuned': ('finetune', ('finetune/top1',)),
   'error on corruptions': ('corruptions', ('robustness/linear_cached/error_corruptions_mean',)),
 }
+_DRAWN = ('kNN', 'linear', 'fine-tuned', 'error on corruptions')
 _VALIDATED = {
   'kNN': ('train', ('knn_top1',)),
   'linear': ('train', ('linear_cached_top1',)),
@@ -108,32 +109,57 @@ def paired(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(study: Study, rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-  """kNN and linear of every method: a dot a seed, a bar for the mean; the random network as a line."""
+  """A panel an evaluation, a line a method: a dot a seed and a bar for the mean; the random network as a dotted line.
+
+  Filled at equal epochs, hollow and a little lower at equal compute.
+  """
   import matplotlib
 
   matplotlib.use('Agg')
   from matplotlib import pyplot as plt
 
-  rows = [r for r in rows if r['budget'] == 'epochs']
-  asked = {k: v for k, v in columns(study).items() if k in ('kNN', 'linear')}
-  names = [m.name for m in study.methods if any(r['method'] == m.name for r in rows)][::-1]
-  height = 1.2 + 0.32 * len(names)
-  figure, axes = plt.subplots(
-    1, len(asked), figsize=(10, height), sharey=True, constrained_layout=True
+  asked = {
+    title: column
+    for title, column in columns(study).items()
+    if title in _DRAWN and any(score(row, column) is not None for row in rows)
+  }
+  there = {row['method'] for row in rows}
+  names = [method.name for method in study.methods if method.name in there][::-1]
+  down = -(-len(asked) // 2)
+  figure, panels = plt.subplots(
+    down,
+    min(2, len(asked)),
+    figsize=(10, down * (1.0 + 0.3 * len(names))),
+    sharey=True,
+    squeeze=False,
+    constrained_layout=True,
   )
-  for axis, (title, column) in zip(axes, asked.items(), strict=True):
-    for place, name in enumerate(names):
-      values = [score(r, column) for r in rows if r['method'] == name]
-      values = [v for v in values if v is not None]
-      if values:
+  for axis in panels.flat[len(asked) :]:
+    axis.set_axis_off()
+  for axis, (title, column) in zip(panels.flat, asked.items(), strict=False):
+    for budget, lower, face in (('epochs', 0.0, None), ('compute', 0.25, 'white')):
+      for place, name in enumerate(names):
+        own = [row for row in rows if (row['method'], row['budget']) == (name, budget)]
+        values = [value for row in own if (value := score(row, column)) is not None]
+        if not values:
+          continue
         random = name.startswith('random') or name == 'none'
-        colour = 'grey' if random else 'C0'
-        axis.scatter(values, [place] * len(values), s=18, color=colour, alpha=0.8, zorder=3)
+        colour, height = 'grey' if random else 'C0', [place - lower] * len(values)
+        axis.scatter(
+          values,
+          height,
+          s=16,
+          facecolors=face or colour,
+          edgecolors=colour,
+          linewidths=0.8,
+          zorder=3,
+        )
         mean = statistics.mean(values)
-        axis.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=2)
+        axis.plot([mean] * 2, [place - lower - 0.2, place - lower + 0.2], color=colour, linewidth=2)
         if random:
           axis.axvline(mean, color='grey', linestyle=':', linewidth=1)
-    axis.set(title=f'{title}, top-1 %', yticks=range(len(names)), yticklabels=names)
+    unit = '%, lower is better' if title.startswith('error') else 'top-1 %'
+    axis.set(title=f'{title}, {unit}', yticks=range(len(names)), yticklabels=names)
     axis.grid(axis='x', alpha=0.3)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=110)
@@ -155,7 +181,8 @@ def section(study: Study) -> str:
   figure = _FIGURES / f'study_{study.name}.png'
   draw(study, rows, figure)
   parts = [*head]
-  parts.append(f'![{study.title}: a dot a seed, a bar for the mean](figures/{figure.name})')
+  hollow = ', hollow at equal compute' * any(row['budget'] == 'compute' for row in rows)
+  parts.append(f'![{study.title}: a dot a seed, a bar for the mean{hollow}](figures/{figure.name})')
   budgets = dict.fromkeys(budget for budget, _ in study.stages)
   for budget in budgets:
     if any(row['budget'] == budget for row in rows):
