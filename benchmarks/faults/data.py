@@ -271,8 +271,12 @@ def stopped_workers(workdir: pathlib.Path, number: int) -> str:
   status, said = run_of(workdir, run, folder, functools.partial(at_step, 5, stop), **fields)
   if status != watchdog.STATUS or 'waiting for the batch of step' not in said:
     return f'the run ended with status {status}: {said.splitlines()[-1:]}'
-  if [pid for pid in pids if os.path.exists(f'/proc/{pid}')]:
-    return 'workers were left behind'
+  # The run waits for their end; this wait is for a machine that is slow to take a process off its list.
+  end = time.monotonic() + 10
+  while left := [pid for pid in pids if os.path.exists(f'/proc/{pid}')]:
+    if time.monotonic() > end:
+      return f'{len(left)} workers were left behind'
+    time.sleep(0.1)
   if not (run / 'stacks-0.txt').exists():
     return 'no stacks were written'
   status, said = run_of(workdir, run, folder)

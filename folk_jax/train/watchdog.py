@@ -23,6 +23,7 @@ STATUS = 75
 _LOOKS = 20
 _LONGEST_LOOK = 5.0
 _MOST_BETWEEN = 3600.0
+_LAST_SECONDS = 5.0
 
 
 def check(seconds: float, limit: float) -> None:
@@ -155,8 +156,12 @@ class Watchdog:
       'the same command goes on from the newest checkpoint'
     )
     self._dump(what)
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    for child in children:
       child.kill()
+    end = time.monotonic() + _LAST_SECONDS
+    for child in children:  # Gone before this process is, but where a disk that hangs holds one.
+      child.join(max(0.0, end - time.monotonic()))
     for stream in (sys.stdout, sys.stderr):
       with contextlib.suppress(Exception):
         stream.flush()
