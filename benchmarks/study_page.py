@@ -1,4 +1,4 @@
-"""Writes the tables and figures of docs/study.md from benchmarks/results/study_*.json: no figure there is typed.
+"""Writes docs/study.md's tables and figures, and README's, from benchmarks/results/study_*.json: none is typed.
 
   python benchmarks/study_page.py
 
@@ -20,7 +20,9 @@ from folk_jax.errors import UserError
 
 _RESULTS = report.ROOT / 'benchmarks' / 'results'
 _PAGE = report.ROOT / 'docs' / 'study.md'
+_README = report.ROOT / 'README.md'
 _FIGURES = report.ROOT / 'docs' / 'figures'
+_SHORT = 'cpu'  # The study whose table at equal epochs README shows in short.
 
 # Column -> (part, score, factor to percent). The first score of a part that is there counts.
 _COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -60,9 +62,13 @@ def spread(values: Sequence[float]) -> str:
   return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
 
 
-def table(study: Study, rows: Sequence[Mapping[str, Any]], budget: str) -> str:
-  """Methods down, evaluations across."""
-  asked = columns(study)
+def table(
+  study: Study, rows: Sequence[Mapping[str, Any]], budget: str, only: Sequence[str] = ()
+) -> str:
+  """Methods down, evaluations across: all, or those named."""
+  asked = {
+    title: column for title, column in columns(study).items() if title in (only or columns(study))
+  }
   header = ['method', 'steps', 'GFLOP an image', *asked]
   lines = []
   for method in study.methods:
@@ -202,12 +208,11 @@ def section(study: Study) -> str:
     for row in rows
     if row['budget'] == budget
   )
-  machine = result['machine']
   rest = '' if there == wanted else f' The rest is not run: `{command}` goes on.'
   loads = [part['load_average'] for row in rows for part in row['parts'].values()]
   parts.append(
-    f'{there} of {wanted} parts run, {machine["device"]}, {machine["cores"]} cores of an {machine["processor"]}, '
-    f'{result["date"][:10]}. Accuracies in percent, mean and standard deviation over seeds. The machine did other work '
+    f'{there} of {wanted} parts run, {_machine(result)}. Accuracies in percent, mean and standard '
+    'deviation over seeds. The machine did other work '
     f'beside it (load {min(loads):.0f} to {max(loads):.0f}), so no times are given.{rest}'
   )
   return '\n\n'.join(parts)
@@ -218,16 +223,46 @@ def _idle(study: Study, method: Any, budget: str) -> bool:
   return budget == 'compute' and (method is study.methods[0] or untrained)
 
 
+def short() -> str:
+  """What README shows of it."""
+  study = STUDIES[_SHORT]
+  file = _RESULTS / f'study_{study.name}.json'
+  if not file.exists():
+    return f'Not run: `python benchmarks/study.py --study={study.name} --path=DIR`.'
+  result = json.loads(file.read_text(encoding='utf-8'))
+  seeds = sorted({row['seed'] for row in result['rows']})
+  return '\n\n'.join(
+    [
+      f'**{study.title}**, equal epochs ({study.steps} steps of {study.batch_size} images), {len(seeds)} seeds, '
+      'percent:',
+      table(study, result['rows'], 'epochs', _DRAWN),
+      f'{_machine(result)}. Smoke scale: what holds here need not hold for ImageNet.',
+    ]
+  )
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+  machine = result['machine']
+  return f'{machine["device"].upper()} ({machine["processor"]}), {result["date"][:10]}'
+
+
+def _between(page: str, name: str, text: str, path: pathlib.Path) -> str:
+  """`page` with `text` between the marks of that name."""
+  begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+  if page.count(begin) != 1 or page.count(end) != 1:
+    raise UserError(f'{path} must hold {begin} and {end} once each')
+  before, _, rest = page.partition(begin)
+  return f'{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}'
+
+
 def main() -> None:
   page = _PAGE.read_text(encoding='utf-8')
   for study in STUDIES.values():
-    begin, end = f'<!-- {study.name}: begin -->', f'<!-- {study.name}: end -->'
-    if page.count(begin) != 1 or page.count(end) != 1:
-      raise UserError(f'{_PAGE} must hold {begin} and {end} once each')
-    before, _, rest = page.partition(begin)
-    page = f'{before}{begin}\n\n{section(study)}\n\n{end}{rest.partition(end)[2]}'
+    page = _between(page, study.name, section(study), _PAGE)
   _PAGE.write_text(page, encoding='utf-8')
-  print(f'written to {_PAGE}')
+  readme = _between(_README.read_text(encoding='utf-8'), 'study', short(), _README)
+  _README.write_text(readme, encoding='utf-8')
+  print(f'written to {_PAGE} and {_README}')
 
 
 if __name__ == '__main__':

@@ -14,15 +14,20 @@ PAGES = ('results_page', 'performance_page', 'reliability_page', 'study_page')
 def test_page_is_what_its_command_writes(name, monkeypatch, tmp_path):
   monkeypatch.setattr(sys, 'path', [str(ROOT / 'benchmarks'), *sys.path])
   module = importlib.import_module(name)
-  page = module._PAGE
-  before = page.read_text(encoding='utf-8')
-  copy = tmp_path / page.name
-  copy.write_text(before, encoding='utf-8')
-  monkeypatch.setattr(module, '_PAGE', copy)
+  pages = {}
+  for attribute in ('_PAGE', '_README'):
+    if hasattr(module, attribute):
+      page = getattr(module, attribute)
+      copy = tmp_path / page.name
+      copy.write_text(page.read_text(encoding='utf-8'), encoding='utf-8')
+      monkeypatch.setattr(module, attribute, copy)
+      pages[copy] = page
   if hasattr(module, 'draw'):  # Figures are pictures of the same numbers.
     monkeypatch.setattr(module, 'draw', lambda *_: None)
   module.main()
-  assert copy.read_text(encoding='utf-8') == before, f'run: python benchmarks/{name}.py'
+  for copy, page in pages.items():
+    written, there = copy.read_text(encoding='utf-8'), page.read_text(encoding='utf-8')
+    assert written == there, f'run: python benchmarks/{name}.py'
 
 
 def test_study_recipes_exist_and_hold_together(monkeypatch):
