@@ -308,7 +308,7 @@ def evaluate(
   scores = {
     f'{name}/{key}': value for name, own in found['scores'].items() for key, value in own.items()
   }
-  return {'seconds': round(seconds, 1), 'scores': scores}
+  return {'seconds': round(seconds, 1), 'feature': found['feature'], 'scores': scores}
 
 
 def check_settings(study: Study, method: Method, row: dict[str, Any], path: str) -> None:

@@ -35,6 +35,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     'robustness',
   )  # And 'low_shot_finetune'; and 'restoration', of checkpoints with a reconstruction head.
 
+  c.evaluation.feature = ''  # '': the run's own; 'pooled' where the checkpoint is none.
+
   # '': those of the run in the checkpoint.
   c.data.source = given.data or ('folder' if given.path else '')
   c.data.name, c.data.path = given.name, given.path

@@ -75,6 +75,7 @@ def _about(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return {
     'checkpoint': config.checkpoint,
     'which': config.evaluation.which,
+    'feature': config.evaluation.feature,
     'model': kept['model'],
     'data': {key: kept['data'][key] for key in ('source', 'name', 'path', 'limit')},
     'settings': hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16],

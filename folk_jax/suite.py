@@ -36,9 +36,10 @@ class Classifier(NamedTuple):
 
 
 def adopt_run(config: ml_collections.ConfigDict) -> None:
-  """Takes model, image size and, unless `config.data.source` is set, the data from the run in `config.checkpoint`.
+  """Takes model and image size from the run in `config.checkpoint`, and what the recipe leaves open: feature and data.
 
-  Of all its images, though the run may have trained on a few labels.
+  Of the data all images, though the run may have trained on a few labels. The feature matters: no loss of MFM or of
+  another method without a teacher trains the class token, so that their recipes judge the mean of the patches.
 
   Raises:
     UserError: a checkpoint that says nothing of the data, or of another kind of model than the recipe.
@@ -50,6 +51,7 @@ def adopt_run(config: ml_collections.ConfigDict) -> None:
         f'{config.checkpoint} is not a workdir, so nothing says which data to judge it on: give data=SOURCE, or '
         'path=DIR, in the recipe argument.'
       )
+    config.evaluation.feature = config.evaluation.feature or _FEATURE
     return
   workdir, _ = initial.find_run(path)
   run = checkpoint.read_json(workdir / 'config.json')
@@ -59,6 +61,9 @@ def adopt_run(config: ml_collections.ConfigDict) -> None:
       f'{workdir} is of a {run["model"]["name"]} and the recipe trains a {config.model.name}: give {arg} in the recipe '
       'argument (its size comes from the run).'
     )
+  # A run from before the field was judged by the class token.
+  own_feature = run.get('evaluation', {}).get('feature', _FEATURE)
+  config.evaluation.feature = config.evaluation.feature or own_feature
   given = config.data.to_dict()
   # Fields that are newer than the run keep the recipe's values.
   kept = {name: given[name] for name in ('limit', *_OF_LABELS)}
@@ -77,6 +82,7 @@ def adopt_run(config: ml_collections.ConfigDict) -> None:
   )
 
 
+_FEATURE = 'pooled'
 # Fields that say how a machine reads the data, and nothing of a result.
 OF_A_MACHINE = ('workers', 'threads', 'prefetch', 'max_bad_share', 'compilation_cache')
 # Which images a run trained on for want of labels says nothing of the data that it is judged on.

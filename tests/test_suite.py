@@ -36,6 +36,36 @@ def test_the_sweep_leaves_out_features_that_a_shallow_model_lacks(tmp_path, dept
     assert part.image_size == run.image_size and part.data.source == 'embedded'
 
 
+@pytest.mark.parametrize(
+  'recipe, given, judged',
+  [
+    ('vit_b.py', '', 'pooled'),
+    ('mfm.py', '', 'mean_patch'),
+    ('mfm.py', 'concat', 'concat'),
+  ],
+)
+def test_a_run_is_judged_by_its_own_feature_unless_told_otherwise(tmp_path, recipe, given, judged):
+  run, config = run_of(tmp_path, recipe)
+  config.evaluation.feature = given
+  adopt_run(config)
+  assert config.evaluation.feature == judged
+  # A run from before the field existed.
+  file = tmp_path / 'config.json'
+  old = json.loads(file.read_text())
+  del old['evaluation']['feature']
+  file.write_text(json.dumps(old))
+  config.evaluation.feature = ''
+  adopt_run(config)
+  assert config.evaluation.feature == 'pooled'
+
+
+def test_a_file_of_weights_is_judged_by_the_class_token(tmp_path):
+  config = config_lib.load_recipe('configs/evaluate.py', 'data=embedded')
+  config.checkpoint = str(tmp_path / 'weights.safetensors')
+  adopt_run(config)
+  assert config.evaluation.feature == 'pooled'
+
+
 def test_a_resnet_needs_the_recipes_of_one(tmp_path):
   run, config = run_of(tmp_path, 'resnet50.py')
   with pytest.raises(
