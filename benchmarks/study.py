@@ -377,6 +377,9 @@ def main() -> None:
         if part == 'train':
           values = train(study, method, row, workdir, flags.path, deadline)
         else:
+          if not (workdir / 'checkpoints').exists():
+            print(f'{workdir} is not here: trained once more with the same seed', flush=True)
+            rows.keep(row, 'train', train(study, method, row, workdir, flags.path, deadline))
           values = evaluate(study, part, workdir, seed, deadline)
         rows.keep(row, part, values)
   except OutOfTime:
