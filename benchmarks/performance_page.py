@@ -13,8 +13,6 @@ import cost_tables
 import report
 from measured_tables import cells, cores, measured
 
-from folk_jax.errors import UserError
-
 _RESULTS = report.ROOT / 'benchmarks' / 'results'
 _PAGE = report.ROOT / 'docs' / 'performance.md'
 _GIB = 2**30
@@ -185,28 +183,18 @@ def _section(result: Mapping[str, Any]) -> str:
   return '\n\n'.join(part for part in parts if part)
 
 
-def _between_marks(page: str, name: str, section: str) -> str:
-  """`page` with `section` between the marks of that name."""
-  begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
-  if page.count(begin) != 1 or page.count(end) != 1:
-    raise UserError(f'{_PAGE} must hold {begin} and {end} once each')
-  before, _, rest = page.partition(begin)
-  return f'{before}{begin}\n\n{section}\n\n{end}{rest.partition(end)[2]}'
-
-
 def main() -> None:
-  page = _PAGE.read_text(encoding='utf-8')
   dryrun, loader = (
     json.loads((_RESULTS / name).read_text(encoding='utf-8'))
     for name in ('dryrun.json', 'loader_cpu.json')
   )
-  page = _between_marks(page, 'dry-run', _section(dryrun))
-  page = _between_marks(
-    page, 'cores', cores(loader, [row for row in dryrun['rows'] if row['fits']])
-  )
-  page = _between_marks(page, 'measured', measured(_RESULTS))
-  page = _between_marks(page, 'cost', cost_tables.section(_RESULTS))
-  _PAGE.write_text(page, encoding='utf-8')
+  sections = {
+    'dry-run': _section(dryrun),
+    'cores': cores(loader, [row for row in dryrun['rows'] if row['fits']]),
+    'measured': measured(_RESULTS),
+    'cost': cost_tables.section(_RESULTS),
+  }
+  report.between_marks(_PAGE, sections)
   print(f'written to {_PAGE}')
 
 

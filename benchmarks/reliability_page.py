@@ -12,11 +12,8 @@ from typing import Any
 import report
 from measured_tables import cells
 
-from folk_jax.errors import UserError
-
 _RESULTS = report.ROOT / 'benchmarks' / 'results'
 _PAGE = report.ROOT / 'docs' / 'reliability.md'
-_BEGIN, _END = '<!-- faults: begin -->', '<!-- faults: end -->'
 
 # File -> heading, in the order of a run's life.
 _SCRIPTS = {
@@ -72,8 +69,8 @@ def _soak(result: Mapping[str, Any]) -> str:
   header = ['', 'second quarter', 'last quarter', 'growth allowed']
   words = (
     f'{judged["steps"]:,} steps in {judged["minutes"]:.0f} minutes. The growth allowed is what a run of 375,300 steps '
-    '(300 epochs of ImageNet at a batch of 1024) would turn into a gibibyte; it is not zero, and what there is has '
-    'not been traced.'
+    '(300 epochs of ImageNet at a batch of 1024) would turn into a gibibyte; it is not zero: what a save keeps '
+    'is part of it (above), and the rest has not been traced.'
   )
   return f'{cells(header, rows)}\n\n{words}\n\n![memory and counts over time](figures/soak.png)\n\n'
 
@@ -95,13 +92,8 @@ def _verdict() -> str:
 
 
 def main() -> None:
-  page = _PAGE.read_text(encoding='utf-8')
-  if page.count(_BEGIN) != 1 or page.count(_END) != 1:
-    raise UserError(f'{_PAGE} must hold {_BEGIN} and {_END} once each')
-  before, _, rest = page.partition(_BEGIN)
   parts = [_verdict(), *(_script(name, title) for name, title in _SCRIPTS.items())]
-  section = '\n\n'.join(parts)
-  _PAGE.write_text(f'{before}{_BEGIN}\n\n{section}\n\n{_END}{rest.partition(_END)[2]}', 'utf-8')
+  report.between_marks(_PAGE, {'faults': '\n\n'.join(parts)})
   print(f'written to {_PAGE}')
 
 

@@ -56,6 +56,22 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     raise UserError(f'cannot write {path}: {error}; name another file with --out') from error
 
 
+def between_marks(path: pathlib.Path, sections: Mapping[str, str]) -> None:
+  """Writes into a page what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`, for each name.
+
+  Raises:
+    UserError: the page lacks a mark, or has it twice.
+  """
+  page = path.read_text(encoding='utf-8')
+  for name, text in sections.items():
+    begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+    if page.count(begin) != 1 or page.count(end) != 1:
+      raise UserError(f'{path} must hold {begin} and {end} once each')
+    before, _, rest = page.partition(begin)
+    page = f'{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}'
+  path.write_text(page, encoding='utf-8')
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   """Columns of text, the first flush left and the others flush right."""
   cells = [

@@ -16,8 +16,6 @@ import report
 from measured_tables import cells
 from studies import STUDIES, Study
 
-from folk_jax.errors import UserError
-
 _RESULTS = report.ROOT / 'benchmarks' / 'results'
 _PAGE = report.ROOT / 'docs' / 'study.md'
 _README = report.ROOT / 'README.md'
@@ -243,25 +241,15 @@ def short() -> str:
 
 def _machine(result: Mapping[str, Any]) -> str:
   machine = result['machine']
-  return f'{machine["device"].upper()} ({machine["processor"]}), {result["date"][:10]}'
-
-
-def _between(page: str, name: str, text: str, path: pathlib.Path) -> str:
-  """`page` with `text` between the marks of that name."""
-  begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
-  if page.count(begin) != 1 or page.count(end) != 1:
-    raise UserError(f'{path} must hold {begin} and {end} once each')
-  before, _, rest = page.partition(begin)
-  return f'{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}'
+  return (
+    f'{machine["device"].upper()} ({machine["processor"]}), {result["date"][:10]}, the last part at {result["commit"]} '
+    f'(`python benchmarks/study.py --study={result["asked"]["study"]} --path=DIR`)'
+  )
 
 
 def main() -> None:
-  page = _PAGE.read_text(encoding='utf-8')
-  for study in STUDIES.values():
-    page = _between(page, study.name, section(study), _PAGE)
-  _PAGE.write_text(page, encoding='utf-8')
-  readme = _between(_README.read_text(encoding='utf-8'), 'study', short(), _README)
-  _README.write_text(readme, encoding='utf-8')
+  report.between_marks(_PAGE, {study.name: section(study) for study in STUDIES.values()})
+  report.between_marks(_README, {'study': short()})
   print(f'written to {_PAGE} and {_README}')
 
 
