@@ -16,6 +16,11 @@ os.environ['JAX_DEFAULT_MATMUL_PRECISION'] = 'highest'
 # Most of the suite's time is LLVM's: at its lowest level models compile in two thirds of the time.
 # XLA's own passes, which place the collectives, all run. Set it to 0 to test what users compile.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+# And in less than half of that by the older of XLA's two ways from a fusion to LLVM's language. A flag that the
+# caller gives too comes after it, and so wins.
+os.environ['XLA_FLAGS'] = (
+  f'--xla_cpu_use_fusion_emitters=false {os.environ.get("XLA_FLAGS", "")}'.strip()
+)
 
 import numpy as np
 import pytest
@@ -80,12 +85,11 @@ def run_with_devices() -> Callable[..., str]:
     else:
       program = ['-c', textwrap.dedent(code_or_file)]
     flag = f'--xla_force_host_platform_device_count={devices}'
-    xla_flags = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     done = subprocess.run(
       [sys.executable, *program, *arguments],
       cwd=ROOT,
-      env={**os.environ, 'XLA_FLAGS': xla_flags, 'PYTHONPATH': path},
+      env={**os.environ, 'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {flag}', 'PYTHONPATH': path},
       stdin=subprocess.DEVNULL,
       capture_output=True,
       text=True,

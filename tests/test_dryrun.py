@@ -26,12 +26,11 @@ TINY_ARGS = tuple(f'--config.model.{field}' for field in TINY) + (
 
 
 def run(*args, devices=1, **environment):
+  flag = f'--xla_force_host_platform_device_count={devices}'
   return subprocess.run(
     [sys.executable, '-m', 'folk_jax.dryrun', *args],
     cwd=ROOT,
-    env=os.environ
-    | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
-    | environment,
+    env=os.environ | {'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {flag}'} | environment,
     capture_output=True,
     text=True,
     check=False,

@@ -80,13 +80,14 @@ def start(
   """
   command = [sys.executable, *program, *flags, f'--workdir={workdir}']
   command.append(f'--config.compilation_cache={cache}')
+  flag = f'--xla_force_host_platform_device_count={devices}'
   return subprocess.Popen(
     command,
     cwd=ROOT,
     env={
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+      'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip(),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
       **(environment or {}),

@@ -183,7 +183,7 @@ def test_two_processes_get_all_features():
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = str(probe.getsockname()[1])
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
   processes = [
     subprocess.Popen(
       [sys.executable, '-c', _ONE_OF_TWO_PROCESSES, str(number), port],

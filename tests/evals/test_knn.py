@@ -1,9 +1,6 @@
 """kNN against DINO's numbers, a slow NumPy twin, and cases where the answer is known."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -176,20 +173,8 @@ with jax.set_mesh(mesh):
 """
 
 
-def test_one_device_equals_eight():
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-  }
-  done = subprocess.run(
-    [sys.executable, '-c', _EIGHT_DEVICES],
-    cwd=ROOT,
-    env=environment,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
-  devices, equal, (top1, _) = json.loads(done.stdout)
+def test_one_device_equals_eight(run_with_devices):
+  devices, equal, (top1, _) = json.loads(run_with_devices(_EIGHT_DEVICES))
   assert devices == 8 and equal and 0 < top1 < 1
 
 

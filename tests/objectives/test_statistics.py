@@ -1,17 +1,11 @@
 """Feature statistics on batches whose spread and rank are known, and on eight devices."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from folk_jax.objectives.statistics import feature_statistics
-
-ROOT = Path(__file__).parents[2]
 
 
 def statistics(features):
@@ -108,20 +102,8 @@ print(json.dumps([jax.device_count(), collectives, max(jax.tree.leaves(differenc
 """
 
 
-def test_eight_devices_agree_and_exchange_sums_only():
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-  }
-  done = subprocess.run(
-    [sys.executable, '-c', _EIGHT_DEVICES],
-    cwd=ROOT,
-    env=environment,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
-  devices, collectives, difference = json.loads(done.stdout)
+def test_eight_devices_agree_and_exchange_sums_only(run_with_devices):
+  devices, collectives, difference = json.loads(run_with_devices(_EIGHT_DEVICES))
   assert devices == 8
   assert collectives == ['all-reduce']
   # Sums of 16 rows in another order; the largest number, the effective rank, is about 10.

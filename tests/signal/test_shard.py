@@ -1,10 +1,5 @@
 """Filters and distance on eight devices: the same numbers as on one, and nothing gathered."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,20 +67,8 @@ np.testing.assert_allclose(gradient_8, gradient, atol=1e-6 * np.abs(gradient).ma
 """
 
 
-def test_eight_devices_equal_one_and_gather_nothing():
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-  }
-  result = subprocess.run(
-    [sys.executable, '-c', EIGHT_DEVICES],
-    env=environment,
-    cwd=pathlib.Path(__file__).parents[2],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert result.returncode == 0, result.stderr
+def test_eight_devices_equal_one_and_gather_nothing(run_with_devices):
+  run_with_devices(EIGHT_DEVICES)
 
 
 def test_without_a_mesh_the_function_runs_as_it_stands():

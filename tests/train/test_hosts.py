@@ -50,9 +50,10 @@ class Hosts:
   ):
     with socket.create_server(('127.0.0.1', 0)) as listener:
       port = listener.getsockname()[1]
+    flag = f'--xla_force_host_platform_device_count={devices}'
     environment = {
       **os.environ,
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+      'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {flag}',
       'PYTHONPATH': str(ROOT),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
