@@ -152,7 +152,7 @@ def main() -> None:
     return
   where = kind(flags)
   out = flags.out or report.ROOT / 'benchmarks' / 'results' / f'cost_{where}.json'
-  rows = json.loads(out.read_text(encoding='utf-8'))['rows'] if out.exists() else []
+  rows = report.read_json(out)['rows'] if out.exists() else []
   if strangers := {row['topology'] for row in rows} - {flags.topology}:
     raise UserError(f'{out} holds rows of {strangers.pop() or where}: name another --out')
   there = {(row['method'], row['size'], row['batch'], row['image_size']) for row in rows}

@@ -4,11 +4,11 @@ performance_page.py puts it there, and what was not run says so, with its comman
 """
 
 import itertools
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import report
 from cost import GRIDS, METHODS
 from measured_tables import cells
 
@@ -40,7 +40,7 @@ def section(folder: pathlib.Path) -> str:
     if not file.exists():
       parts.append(f'Not run. The command is `{command}`.')
       continue
-    result = json.loads(file.read_text(encoding='utf-8'))
+    result = report.read_json(file)
     parts += _tables(result)
     points = sum(map(len, GRIDS[where].values())) * len(METHODS)
     if missing := points - len(result['rows']):

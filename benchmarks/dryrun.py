@@ -111,7 +111,7 @@ def measure(name: str) -> dict[str, Any]:
 
 def _rows(out: pathlib.Path) -> dict[str, dict[str, Any]]:
   """The rows that are there and still known, by name."""
-  rows = json.loads(out.read_text(encoding='utf-8'))['rows'] if out.exists() else []
+  rows = report.read_json(out)['rows'] if out.exists() else []
   return {row['name']: row for row in rows if row['name'] in ROWS}
 
 

@@ -3,10 +3,11 @@
 `performance_page.py` puts them into docs/performance.md; every figure comes from a JSON in benchmarks/results/.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import report
 
 
 def cells(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -26,7 +27,7 @@ def measured(folder: pathlib.Path) -> str:
   parts = []
   for title, pattern, rows_of, header, note in kinds:
     files = sorted(folder.glob(pattern))
-    results = [json.loads(file.read_text(encoding='utf-8')) for file in files]
+    results = [report.read_json(file) for file in files]
     rows = [row for result in results for row in rows_of(result)]
     parts.append(title)
     if note:

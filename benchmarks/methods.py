@@ -129,7 +129,7 @@ def load(flags: argparse.Namespace) -> dict[str, Any]:
   asked = {'steps': flags.steps, 'seed': flags.seed}
   if not flags.out.exists():
     return {'what': 'Every method for equally many steps', 'asked': asked, 'rows': []}
-  result = json.loads(flags.out.read_text(encoding='utf-8'))
+  result = report.read_json(flags.out)
   if result['asked'] != asked and not flags.redraw:
     raise UserError(
       f'{flags.out} holds {result["asked"]}, not {asked}: name another --out, or remove it'

@@ -185,8 +185,7 @@ def _section(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
   dryrun, loader = (
-    json.loads((_RESULTS / name).read_text(encoding='utf-8'))
-    for name in ('dryrun.json', 'loader_cpu.json')
+    report.read_json(_RESULTS / name) for name in ('dryrun.json', 'loader_cpu.json')
   )
   sections = {
     'dry-run': _section(dryrun),

@@ -5,7 +5,6 @@
 Only what stands between the marks is replaced; the words around it are written by hand.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +31,7 @@ def _script(name: str, title: str) -> str:
   command = f'python benchmarks/faults/{name}.py'
   if not file.exists():
     return f'### {title}\n\nNot run. The command is `{command}`.'
-  result = json.loads(file.read_text(encoding='utf-8'))
+  result = report.read_json(file)
   rows = [_row(row) for row in result['rows']]
   header = ['fault', 'promised', 'how it was tried', 'tried', 'kept', 'lost']
   machine = result['machine']
@@ -85,7 +84,7 @@ def _verdict() -> str:
     row
     for name in _SCRIPTS
     if (file := _RESULTS / f'faults_{name}.json').exists()
-    for row in json.loads(file.read_text(encoding='utf-8'))['rows']
+    for row in report.read_json(file)['rows']
   ]
   trials, kept = sum(row['trials'] for row in rows), sum(row['kept'] for row in rows)
   return f'**{len(rows)} kinds of fault, tried {trials:,} times in all; the promise was kept {kept:,} times.**'

@@ -56,6 +56,25 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     raise UserError(f'cannot write {path}: {error}; name another file with --out') from error
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """What `write_json` wrote.
+
+  Raises:
+    UserError: the file cannot be read, or holds something else.
+  """
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+    if isinstance(found, dict):
+      return found
+    why = f'a {type(found).__name__}, not an object'
+  except (OSError, ValueError) as error:
+    why = str(error)
+  raise UserError(
+    f'{path} is not a result as benchmarks/ writes them ({why}): take the committed one back (`git checkout` and its '
+    'name), or remove it to begin anew'
+  )
+
+
 def between_marks(path: pathlib.Path, sections: Mapping[str, str]) -> None:
   """Writes into a page what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`, for each name.
 

@@ -5,7 +5,6 @@
 A result that is not there yet is listed as not run, with its command.
 """
 
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -217,7 +216,7 @@ def _section(
   file: pathlib.Path, title: str, render: Callable[[Mapping[str, Any]], str]
 ) -> list[str]:
   """Paragraphs: what was measured where, the table, the figure."""
-  result = json.loads(file.read_text(encoding='utf-8'))
+  result = report.read_json(file)
   machine = result['machine']
   where = f'{machine["device"]}, {machine["processor"]}, {machine["cores"]} cores'
   when = f'load {machine["load_average"]:.1f} at the end, {result["date"][:10]}'

@@ -11,7 +11,6 @@ from a run's metrics.jsonl; kNN is that of `evaluation.knn_headline` at the last
 """
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
@@ -123,7 +122,7 @@ def load(flags: argparse.Namespace) -> dict[str, Any]:
   recipe = {'config': flags.config, 'flags': flags.flags}
   if not flags.out.exists():
     return {'what': f'{flags.config} over seeds', 'recipe': recipe, 'rows': []}
-  result = json.loads(flags.out.read_text(encoding='utf-8'))
+  result = report.read_json(flags.out)
   if result.get('recipe') != recipe and not flags.redraw:
     raise UserError(
       f'{flags.out} holds {result.get("recipe")}, not {recipe}: name another --out, or remove it'

@@ -113,7 +113,7 @@ def main() -> None:
   if not (report.ROOT / recipe).is_file():
     raise UserError(f'--config={flags.config}: there is no recipe {recipe}')
   out = flags.out or report.ROOT / 'benchmarks' / 'results' / f'step_{recipe.stem}.json'
-  rows = json.loads(out.read_text())['rows'] if out.exists() else []
+  rows = report.read_json(out)['rows'] if out.exists() else []
   for batch in flags.batches.split(','):
     for setting in flags.settings.split(','):
       attention, _, remat = setting.partition(':')

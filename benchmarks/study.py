@@ -155,9 +155,10 @@ class Rows:
     """
     if not self._out.exists():
       return
-    found = json.loads(self._out.read_text(encoding='utf-8'))
-    if found['asked'] != self._asked:
-      raise UserError(f'{self._out} holds {found["asked"]}, not {self._asked}: name another --out')
+    found = report.read_json(self._out)
+    asked = found.get('asked')
+    if asked != self._asked:
+      raise UserError(f'{self._out} holds {asked}, not {self._asked}: name another --out')
     for row in found['rows']:
       own = self._rows.setdefault((row['method'], row['budget'], row['seed']), row)
       own |= row | {'parts': own['parts'] | row['parts']}

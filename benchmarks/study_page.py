@@ -6,7 +6,6 @@ Only what stands between two marks of a name is replaced; the words around it ar
 run says so, with its command.
 """
 
-import json
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -180,7 +179,7 @@ def section(study: Study) -> str:
     return '\n\n'.join(
       [*head, f'**Not run** ({rows} rows at equal epochs). The command is `{command}`.']
     )
-  result = json.loads(file.read_text(encoding='utf-8'))
+  result = report.read_json(file)
   rows = result['rows']
   figure = _FIGURES / f'study_{study.name}.png'
   draw(study, rows, figure)
@@ -227,7 +226,7 @@ def short() -> str:
   file = _RESULTS / f'study_{study.name}.json'
   if not file.exists():
     return f'Not run: `python benchmarks/study.py --study={study.name} --path=DIR`.'
-  result = json.loads(file.read_text(encoding='utf-8'))
+  result = report.read_json(file)
   seeds = sorted({row['seed'] for row in result['rows']})
   return '\n\n'.join(
     [

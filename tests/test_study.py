@@ -52,3 +52,12 @@ def test_a_file_of_another_study_is_refused(study, tmp_path):
   rows.keep(rows.row(cpu.methods[0], 'epochs', 0), 'train', {'seconds': 3.0})
   with pytest.raises(UserError, match="holds .*'study': 'cpu'.*name another --out"):
     study.Rows(ablations, out)
+
+
+@pytest.mark.parametrize('text', ['{"asked": {"study"', '[1, 2]', '\x00'])
+def test_a_damaged_file_is_named_with_what_to_do(study, tmp_path, text):
+  out = tmp_path / 'study.json'
+  out.write_text(text)
+  with pytest.raises(UserError, match=r'study\.json is not a result .*git checkout.*remove it'):
+    study.Rows(study.STUDIES['cpu'], out)
+  assert out.read_text() == text

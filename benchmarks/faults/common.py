@@ -7,7 +7,6 @@ goes on where it stood.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -55,7 +54,7 @@ class Trials:
     self._out, self._what = out, what
     self._rows: dict[str, dict[str, Any]] = {}
     if out.exists():
-      found = json.loads(out.read_text(encoding='utf-8'))
+      found = report.read_json(out)
       if found.get('what') != what:
         raise UserError(
           f'{out} holds "{found.get("what")}", not "{what}": name another --out, or remove it'

@@ -286,7 +286,7 @@ def main() -> None:
   if flags.redraw:
     if not flags.out.exists():
       raise UserError(f'there is no {flags.out}: leave --redraw out')
-    draw(json.loads(flags.out.read_text(encoding='utf-8')), flags.figure)
+    draw(report.read_json(flags.out), flags.figure)
     return
   began = time.monotonic()
   ending = watch(flags)
