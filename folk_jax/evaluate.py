@@ -32,6 +32,7 @@ from folk_jax.suite import (
   stratified,
 )
 from folk_jax.train import initial, loop, sharding
+from folk_jax.train.watchdog import Watchdog
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -56,8 +57,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
   loop.set_compilation_cache(config.compilation_cache)
   results = Results(epath.Path(workdir).expanduser() / 'results.json', _about(config))
   mesh = sharding.make_mesh(config.mesh.fsdp)
-  with jax.set_mesh(mesh):
-    suite = Suite(config, workdir, mesh)
+  waits = Watchdog(**config.watchdog, workdir=workdir, process=jax.process_index())
+  with waits, jax.set_mesh(mesh):
+    suite = Suite(config, workdir, mesh, waits)
     for name in config.evaluations:
       if name in results.scores:
         print(f'{name} stands in {results.file}: skipped')
@@ -71,7 +73,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def _about(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What results are of: in words, and as a digest of every setting but those of what is chosen and shown."""
-  kept = _without(json.loads(config_lib.to_json(config)), ('evaluations', 'logging', *OF_A_MACHINE))
+  kept = _without(
+    json.loads(config_lib.to_json(config)), ('evaluations', 'logging', 'watchdog', *OF_A_MACHINE)
+  )
   return {
     'checkpoint': config.checkpoint,
     'which': config.evaluation.which,

@@ -6,9 +6,10 @@ Shape letters: N, M images of a data set, B of a batch, H, W pixels, C channels,
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from folk_jax.evals import cache, features, fewshot, logistic
 from folk_jax.signal.augment import normalise
 from folk_jax.train import initial, loop, sharding
 from folk_jax.train.run import data_settings, make_backbone, make_run
+from folk_jax.train.watchdog import Watchdog
 
 
 class Classifier(NamedTuple):
@@ -83,6 +85,8 @@ def adopt_run(config: ml_collections.ConfigDict) -> None:
 
 
 _FEATURE = 'pooled'
+# What takes minutes in health (a listing, a compilation) may take this many times `watchdog.seconds` and its limit.
+_PATIENCE = 10.0
 # Fields that say how a machine reads the data, and nothing of a result.
 OF_A_MACHINE = ('workers', 'threads', 'prefetch', 'max_bad_share', 'compilation_cache')
 # Which images a run trained on for want of labels says nothing of the data that it is judged on.
@@ -97,8 +101,10 @@ class Suite:
     config: ml_collections.ConfigDict,
     workdir: str,
     mesh: jax.sharding.Mesh,
+    waits: Watchdog,
   ):
-    self.config, self.workdir, self.mesh = config, workdir, mesh
+    self.config, self.workdir, self.mesh, self._waits = config, workdir, mesh, waits
+    waits('the checkpoint to be read', patience=_PATIENCE)
     self.settings = data_settings(config)
     self.mean, self.std = tuple(config.data.mean), tuple(config.data.std)
     self.backbone = make_backbone(config)
@@ -118,6 +124,7 @@ class Suite:
       (loaded['backbone'], loaded.get('batch_stats', {})), sharding.replicated(mesh)
     )
     self.network = placed  # (parameters, BatchNorm statistics)
+    waits.idle()
 
   @functools.cached_property
   def classes(self) -> int:
@@ -131,17 +138,28 @@ class Suite:
 
   def batches(
     self, source: data.Source | str, settings: data.DataSettings | None = None
-  ) -> data.Batches:
-    """Centre views of a source, or of a split's, once."""
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Centre views of a source, or of a split's, once; close it. The watchdog watches each batch, and its use."""
     settings = settings or self.settings
     size = -(-self.config.evaluation.batch_size // self.mesh.size) * self.mesh.size
-    return data.eval_batches(
-      data.make_source(settings, source) if isinstance(source, str) else source,
-      settings,
-      batch_size=size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
+    self._waits('the images to be listed', patience=_PATIENCE)
+    try:
+      with data.eval_batches(
+        data.make_source(settings, source) if isinstance(source, str) else source,
+        settings,
+        batch_size=size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+      ) as batches:
+        for number in itertools.count(1):
+          self._waits(f'batch {number} of the images to judge by', data.waiting_for)
+          batch = next(batches, None)
+          if batch is None:
+            return
+          self._waits(f'what is made of batch {number} on the device', patience=_PATIENCE)
+          yield batch
+    finally:
+      self._waits.idle()
 
   def bar(self, what: str, images: int, done: int = 0) -> tqdm.tqdm:
     """A progress bar over images; on the first process, where progress is wanted."""

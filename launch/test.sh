@@ -5,13 +5,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 usage() {
   cat <<'TEXT'
-Usage: launch/test.sh [--parity] [--all] [pytest arguments]
+Usage: launch/test.sh [--parity] [pytest arguments]
 
 Makes or reuses .venv with the tested versions (constraints.txt), checks the code with ruff, and runs
 the tests on the CPU: in two processes, or, in one, those that pytest arguments choose.
 
   --parity   also install PyTorch, torchvision and timm, and run the tests that compare with them
-  --all      also run the tests that try every method where others try a few, minutes more
   --help     print this
 
 Examples: launch/test.sh tests/signal      launch/test.sh -k fourier -x
@@ -19,12 +18,11 @@ PYTHON=/path/to/python3.12 names the interpreter for a new .venv.
 TEXT
 }
 
-parity=false all=false
+parity=false
 arguments=()
 for argument in "$@"; do
   case $argument in
     --parity) parity=true ;;
-    --all) all=true ;;
     -h | --help) usage; exit 0 ;;
     *) arguments+=("$argument") ;;
   esac
@@ -45,9 +43,6 @@ fi
 if ((${#arguments[@]} == 0)); then
   # A file stays in one process, so that what its tests share is made once.
   arguments=(-n 2 --dist loadfile)
-  if ! $all; then
-    if $parity; then select=(-m 'not exhaustive'); else select=(-m 'not parity and not exhaustive'); fi
-  fi
 fi
 
 cd "$ROOT"

@@ -1,17 +1,23 @@
 """The evaluation command on a real run: one table, results.json, resumed; and its mistakes in one line."""
 
+import concurrent.futures
+import contextlib
+import io
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from folk_jax import config as config_lib
-from folk_jax import data, evaluate
+from folk_jax import data, evaluate, suite
 from folk_jax.errors import UserError
 from folk_jax.evals import restoration, robustness
-from folk_jax.train import loop
+from folk_jax.train import loop, sharding
 from folk_jax.train.run import data_settings
+from folk_jax.train.watchdog import Watchdog
 
 QUIET = {'logging.progress': False, 'logging.tensorboard': False, 'compilation_cache': ''}
 
@@ -238,3 +244,35 @@ def test_results_of_other_settings_are_not_mixed(pretrained, tmp_path):
   evaluate.evaluate(make_config(pretrained, 'knn'), str(tmp_path))
   with pytest.raises(UserError, match='with other settings: give another --workdir'):
     evaluate.evaluate(make_config(pretrained, 'knn', seed=1), str(tmp_path))
+
+
+class Stuck(data.Subset):
+  """Images that nobody can read until `free` is set."""
+
+  def __init__(self, source):
+    super().__init__(source, np.arange(len(source)))
+    self.free = threading.Event()
+
+  def read(self, index):
+    assert self.free.wait(60)
+    return super().read(index)
+
+
+def test_an_evaluation_that_waits_for_its_images_says_so(pretrained, tmp_path):
+  config = make_config(pretrained, 'knn')
+  suite.adopt_run(config)
+  said, mesh = io.StringIO(), sharding.make_mesh()
+  with Watchdog(0.1, stream=said) as waits, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    judged = suite.Suite(config, str(tmp_path), mesh, waits)
+    images = Stuck(data.make_source(judged.settings, 'test'))
+    with contextlib.closing(judged.batches(images)) as batches:
+      first = pool.submit(next, batches)
+      end = time.monotonic() + 30
+      while 'waiting for batch 1 of the images to judge by: ' not in said.getvalue():
+        assert time.monotonic() < end, said.getvalue()
+        time.sleep(0.01)
+      images.free.set()
+      assert first.result()['valid'].any()
+    quiet = said.getvalue()
+    time.sleep(0.5)
+    assert said.getvalue() == quiet  # Closed: nothing is waited for.

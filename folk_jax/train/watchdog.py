@@ -153,7 +153,7 @@ class Watchdog:
   def _end(self, what: str, waited: float, detail: Callable[[], str] | None) -> NoReturn:
     self._say(
       f'stopped: waited {waited:.0f} s for {what}{_asked(detail)}, and config.watchdog.limit is {self._limit:g}; '
-      'the same command goes on from the newest checkpoint'
+      'the same command goes on from what was saved last'
     )
     self._dump(what)
     children = multiprocessing.active_children()

@@ -123,7 +123,7 @@ def test_a_hang_ends_with_a_status_and_takes_its_children_along(tmp_path):
   assert done.returncode == watchdog.STATUS == 75, done.stderr
   assert 'stopped: waited' in done.stderr
   assert 'for step 5 on the device' in done.stderr
-  assert 'goes on from the newest checkpoint' in done.stderr
+  assert 'goes on from what was saved last' in done.stderr
   # No folder to write to: the stacks are on stderr.
   assert 'hangs.py' in done.stderr
   until(lambda: not os.path.exists(f'/proc/{done.stdout.strip()}'))

@@ -80,7 +80,8 @@ def test_a_head_of_many_is_the_run_of_its_own_rate(joint, place, name):
   _, alone_first, alone, _ = train(make_config('smoke', (1.0,), (name,), RATES[place]))
   for leaf in ('kernel', 'bias'):
     start, expected = (s.params['heads'][name][leaf][0] for s in (alone_first, alone))
-    np.testing.assert_array_equal(first.params['heads'][name][leaf][place], start)
+    # The same draws: a polynomial of the same uniforms, that programs of other shapes round apart by a bit or two.
+    np.testing.assert_array_max_ulp(first.params['heads'][name][leaf][place], start, 4)
     found = last.params['heads'][name][leaf][place]
     # Each step rounds the product of rate and gradient at another place.
     np.testing.assert_allclose(found - start, expected - start, rtol=1e-3, atol=1e-6)

@@ -201,7 +201,8 @@ def test_a_flat_image_has_targets_zero(spied, constant):
   heads = {f'head_{i}': jax.tree.map(np.zeros_like, params['decoder'][f'head_{i}']) for i in (0, 1)}
   params = params | {'decoder': params['decoder'] | heads}
   _, output = spied.loss(params, BATCH | {'views': np.full_like(BATCH['views'], 200)})
-  assert output.metrics['loss_level_1'] == 0.0
+  # Details are a rounding away from zero, and 1 on average where they were standardised.
+  assert output.metrics['loss_level_1'] < 1e-8
   # The approximation, one of four bands, differs between the channels and so has variance 1.
   np.testing.assert_allclose(output.metrics['loss_level_2'], 0.25, rtol=1e-5)
 
