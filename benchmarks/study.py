@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,10 @@ def evaluate(
   """One evaluation part of a trained row; returns its scores."""
   arg = ','.join(filter(None, (study.evaluate, study.arg if study.arg == 'cifar10' else '')))
   target = workdir / part
+  # Features that another part extracted; whether they are these is the cache's to say.
+  for features in [*workdir.glob('*/features')]:
+    if not (target / 'features').exists():
+      shutil.copytree(features, target / 'features')
   command = [f'--config=configs/evaluate.py:{arg}', f'--config.checkpoint={workdir}']
   command += [f'--workdir={target}', f'--config.seed={seed}', *study.parts[part]]
   command += [f'--config.compilation_cache={workdir.parent / "compiled"}']
