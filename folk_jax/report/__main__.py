@@ -28,7 +28,7 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     'out',
     None,
-    'The file: .html, for --image also .png. By default WORKDIR/report.html or IMAGE_filters.html.',
+    'The file: .html, for --image also .png or .jpg. By default WORKDIR/report.html or IMAGE_filters.html.',
   )
   flags.DEFINE_enum(
     'which',
@@ -51,6 +51,7 @@ def _define_flags() -> None:
     'portions', ['0.005', '0.01', '0.05'], 'With --image: shares of the coefficients, in (0, 1).'
   )
   flags.DEFINE_integer('size', 224, 'With --image: pixels a side.')
+  flags.DEFINE_list('filters', [], 'With --image: which filters, by name (default all).')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,9 +70,11 @@ def main(argv: Sequence[str]) -> None:
     portions = _numbers(values.portions)
     from folk_jax.report import explorer  # It imports jax, for which --help needn't wait.
 
-    print(
-      f'wrote {explorer.explore(values.image, values.out, portions=portions, size=values.size, say=say)}'
+    chosen = {'filters': values.filters} if values.filters else {}
+    written = explorer.explore(
+      values.image, values.out, portions=portions, size=values.size, say=say, **chosen
     )
+    print(f'wrote {written}')
     return
   from folk_jax.report import of_run
 

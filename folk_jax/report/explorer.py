@@ -22,6 +22,8 @@ _MOST_IMAGES = 24
 _SIZES = (8, 1024)
 # One half of another filter: 'com_rcom' and 'radial' show both.
 _HALVES = tuple(name for name, kind in FILTERS.items() if kind.keep is not None)
+_WHOLE = tuple(name for name in FILTERS if name not in _HALVES)
+_PICTURES = ('.png', '.jpg')
 _ABOUT = {
   'com_rcom': 'the strongest coefficients of this very image',
   'magnitude_weighted': 'coefficients drawn by their magnitude',
@@ -42,15 +44,17 @@ def explore(
   *,
   portions: Sequence[float] = PORTIONS,
   size: int = 224,
+  filters: Sequence[str] = _WHOLE,
   say: Callable[[str], None] = lambda line: None,
 ) -> str:
-  """Writes a page, or a PNG, of photographs under every filter.
+  """Writes a page, or a picture, of photographs under every filter.
 
   Args:
     path: an image, or a folder of them, of which the first 24 by name are taken.
-    out: the file, ending in .html or .png (one image only); by default `<image's name>_filters.html`, here.
+    out: the file, ending in .html, or .png or .jpg (one image only); by default `<image's name>_filters.html`, here.
     portions: shares of the coefficients, in (0, 1).
     size: side in pixels to which the short side is brought, before the centre is cut out.
+    filters: which, by name.
     say: called with a line for each image.
 
   Returns:
@@ -62,24 +66,33 @@ def explore(
   if not _SIZES[0] <= size <= _SIZES[1]:
     raise UserError(f'--size={size}: give {_SIZES[0]} to {_SIZES[1]} pixels')
   made = settings('com_rcom', portions)  # Refuses portions out of range.
+  strangers = [name for name in filters if name not in _WHOLE]
+  if strangers or not filters:
+    found = f'--filters={",".join(filters)}' + f': {strangers[0]} is unknown' * bool(strangers)
+    raise UserError(f'{found}; give some of {", ".join(_WHOLE)}')
   files = _files(path)
   out = out or f'{os.path.splitext(os.path.basename(os.path.normpath(path)))[0]}_filters.html'
-  if not out.endswith(('.html', '.png')) or (out.endswith('.png') and len(files) > 1):
-    raise UserError(f'--out={out}: give a file that ends in .html, or for one image in .png')
+  if not out.endswith(('.html', *_PICTURES)) or (out.endswith(_PICTURES) and len(files) > 1):
+    raise UserError(
+      f'--out={out}: give a file that ends in .html, or for one image in .png or .jpg'
+    )
   photos = [_read(file, size) for file in files]
-  if out.endswith('.png'):
-    say(f'{photos[0].name} under {len(FILTERS)} filters')
-    page.write(out, sheet(photos[0], made))
+  if out.endswith(_PICTURES):
+    say(f'{photos[0].name} under {len(filters)} filters')
+    page.write(out, sheet(photos[0], made, filters, os.path.splitext(out)[1][1:]))
     return out
   sections = []
   for i, photo in enumerate(photos, start=1):
-    say(f'{photo.name} under {len(FILTERS)} filters ({i} of {len(photos)})')
-    sections += [_com_section(photo, made, i), _others_section(photo, made, i)]
+    say(f'{photo.name} under {len(filters)} filters ({i} of {len(photos)})')
+    if 'com_rcom' in filters:
+      sections.append(_com_section(photo, made, i))
+    if others := [name for name in filters if name != 'com_rcom']:
+      sections.append(_others_section(photo, made, others, i))
   names = photos[0].name if len(photos) == 1 else f'{len(photos)} photographs'
   facts = {
     'Coefficients': f'{size} x {size} = {number(size * size)}',
     'Portions': ', '.join(f'{portion * 100:g} %' for portion in made.portions),
-    'Filters': len(FILTERS),
+    'Filters': len(filters),
   }
   lead = 'What frequency filters leave of a photograph: the views that a student is trained on.'
   foot = 'Made by python -m folk_jax.report --image=...'
@@ -152,17 +165,15 @@ def _com_section(photo: Photo, made: Filter, place: int) -> page.Section:
   return page.Section(f'com-{place}', f'{photo.name}: Com and RCom', intro, body)
 
 
-def _others_section(photo: Photo, made: Filter, place: int) -> page.Section:
+def _others_section(photo: Photo, made: Filter, filters: Sequence[str], place: int) -> page.Section:
   portion = middle(made.portions)
   cards: list[Markup] = []
   rows = []
-  for name, kind in FILTERS.items():
-    if name in _HALVES or name == 'com_rcom':
-      continue
+  for name in filters:
     lefts = list(spectra.under_filter(photo.unit_HWC, settings(name, portion)))
     cells = [figures.left_cell(left, photo, _words(left)) for left in lefts]
     caption = f'{name}: {_ABOUT.get(name, "see docs/")}; ' + (
-      'it looks at the image.' if kind.informed else 'it does not look at the image.'
+      'it looks at the image.' if FILTERS[name].informed else 'it does not look at the image.'
     )
     cards.append(page.card(caption, tag('h3', name), page.strip(cells, 2, narrow=2)))
     rows += _rows(lefts)
@@ -193,18 +204,18 @@ def _rows(lefts: Sequence[spectra.Left]) -> list[tuple]:
   ]
 
 
-def sheet(photo: Photo, made: Filter) -> bytes:
-  """All views with their masks on one sheet, as a PNG."""
+def sheet(photo: Photo, made: Filter, filters: Sequence[str] = _WHOLE, kind: str = 'png') -> bytes:
+  """All views with their masks on one sheet, as a picture of a kind."""
   from matplotlib.backends.backend_agg import (
     FigureCanvasAgg,  # Half a second that a page needn't wait.
   )
   from matplotlib.figure import Figure
 
-  lefts = list(spectra.under_filter(photo.unit_HWC, made))
   portion = middle(made.portions)
-  for name in FILTERS:
-    if name not in _HALVES and name != 'com_rcom':
-      lefts += spectra.under_filter(photo.unit_HWC, settings(name, portion))
+  lefts = []
+  for name in filters:
+    one = made if name == 'com_rcom' else settings(name, portion)
+    lefts += spectra.under_filter(photo.unit_HWC, one)
   cells = [figures.photo_cell(photo), *(figures.left_cell(left, photo) for left in lefts)]
   names = ['Original', *(_named(left) for left in lefts)]
   columns = 7
@@ -221,7 +232,7 @@ def sheet(photo: Photo, made: Filter) -> bytes:
     # A name between dollars would be read as mathematics.
     grid[2 * row, column].set_title(f'{name}\n{cell.words}'.replace('$', r'\$'), fontsize=9)
   buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', dpi=110)
+  figure.savefig(buffer, format=kind, dpi=110)
   return buffer.getvalue()
 
 

@@ -122,12 +122,24 @@ def test_a_sheet_is_a_picture_of_all(photo, tmp_path):
     assert sheet.format == 'PNG' and min(sheet.size) > 1000
 
 
-def test_a_folder_has_sections_for_each(photo, tmp_path, read_page, monkeypatch):
-  monkeypatch.setattr(explorer, 'FILTERS', {'com_rcom': FILTERS['com_rcom']})
+def test_filters_are_chosen_by_name(photo, tmp_path, read_page):
+  chosen = {'portions': (0.1,), 'size': 16, 'filters': ['com_rcom']}
+  with Image.open(explorer.explore(str(photo), str(tmp_path / 'row.jpg'), **chosen)) as sheet:
+    assert sheet.format == 'JPEG' and sheet.size[1] < sheet.size[0]
+  out = explorer.explore(str(photo), str(tmp_path / 'a.html'), **chosen | {'filters': ['gabor']})
+  page = read_page(pathlib.Path(out).read_text())
+  assert page.sections == ['others-1'] and 'wavelet_random' not in page.text
+
+
+def test_a_folder_has_sections_for_each(photo, tmp_path, read_page):
   Image.new('RGB', (16, 16), 'red').save(photo.parent / 'red.jpg')
   (photo.parent / 'notes.txt').write_text('no image')
   page = read_page(
-    pathlib.Path(explorer.explore(str(photo.parent), str(tmp_path / 'a.html'), size=16)).read_text()
+    pathlib.Path(
+      explorer.explore(
+        str(photo.parent), str(tmp_path / 'a.html'), size=16, filters=('com_rcom', 'radial')
+      )
+    ).read_text()
   )
   assert page.sections == ['com-1', 'others-1', 'com-2', 'others-2']
 
@@ -139,6 +151,7 @@ def test_a_folder_has_sections_for_each(photo, tmp_path, read_page, monkeypatch)
     ({'portions': ()}, 'portions'),
     ({'size': 4}, '--size=4'),
     ({'out': 'page.pdf'}, '.html'),
+    ({'filters': ['radial', 'low_pass']}, 'low_pass is unknown; give some of com_rcom'),
     ({'path': 'absent.png'}, 'cannot be read'),
     ({'path': 'text.png'}, 'no image'),
     ({'path': 'empty'}, 'holds no image'),
