@@ -80,35 +80,36 @@ def table(
   return cells(header, lines)
 
 
-def paired(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
-  """What each method has over its reference with the same seed: mean, and in how many seeds it is above."""
-  asked = {k: v for k, v in columns(study).items() if k in ('kNN', 'linear')}
-  by_key = {(r['method'], r['seed']): r for r in rows if r['budget'] == 'epochs'}
+def paired(study: Study, rows: Sequence[Mapping[str, Any]], budget: str = 'epochs') -> str:
+  """What each method has over its reference with the same seed: mean, spread, and in how many seeds it is better."""
+  asked = {title: column for title, column in columns(study).items() if title in _DRAWN}
+  by_key = {(row['method'], row['budget'], row['seed']): row for row in rows}
+  seeds = sorted({row['seed'] for row in rows})
+  by_name = {method.name: method for method in study.methods}
   lines = []
   for method in study.methods:
+    base = by_name.get(method.reference)
+    if base is None:
+      continue
+    own, other = ('epochs' if _idle(study, one, budget) else budget for one in (method, base))
     line = [method.name]
-    for column in asked.values():
-      gains = []
-      for (name, seed), row in by_key.items():
-        base = by_key.get((method.reference, seed))
-        if name != method.name or base is None:
-          continue
-        ours, theirs = score(row, column), score(base, column)
-        if ours is not None and theirs is not None:
-          gains.append(ours - theirs)
-      if gains:
-        above = sum(gain > 0 for gain in gains)
-        mean = f'{statistics.mean(gains):+.1f}'
-        error = f' ± {statistics.stdev(gains):.1f}' if len(gains) > 1 else ''
-        line += [mean + error, f'{above} of {len(gains)}']
-      else:
-        line += ['', '']
+    for title, column in asked.items():
+      pairs = [
+        (by_key.get((method.name, own, seed)), by_key.get((base.name, other, seed)))
+        for seed in seeds
+      ]
+      scores = [tuple(score(row, column) if row else None for row in pair) for pair in pairs]
+      gains = [ours - theirs for ours, theirs in scores if None not in (ours, theirs)]
+      if not gains:
+        line.append('')
+        continue
+      lower = title.startswith('error')
+      better = sum(gain < 0 if lower else gain > 0 for gain in gains)
+      error = f' ± {statistics.stdev(gains):.1f}' if len(gains) > 1 else ''
+      line.append(f'{statistics.mean(gains):+.1f}{error}, {better} of {len(gains)}')
     if any(line[1:]):
       lines.append(line)
-  header = ['method']
-  for name in asked:
-    header += [f'{name}, points', 'seeds above']
-  return cells(header, lines) if lines else ''
+  return cells(['method', *asked], lines) if lines else ''
 
 
 def draw(study: Study, rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -193,8 +194,13 @@ def section(study: Study) -> str:
     else:
       parts += [f'### Equal {budget}', f'Not run. The command is `{command} --budgets={budget}`.']
   words = 'the same network at random initialisation' if study.parts else 'FOLK as it is'
-  if gains := paired(study, rows):
-    parts += [f'### Against {words}, same seed, equal epochs', gains]
+  for budget in budgets:
+    if any(row['budget'] == budget for row in rows) and (gains := paired(study, rows, budget)):
+      parts += [
+        f'### Against {words}, same seed, equal {budget}',
+        'Points, mean and standard deviation over seeds, and in how many seeds it is better.',
+        gains,
+      ]
   wanted = sum(
     len(study.seeds) * sum(1 for m in study.methods if not _idle(study, m, budget))
     for budget, _ in study.stages

@@ -67,7 +67,7 @@ def test_study_averages_seeds_and_pairs_them(monkeypatch):
   rows = [row('none', 0, 30), row('none', 1, 32), row('clamp', 0, 33), row('clamp', 1, 31)]
   # By hand: (33 - 30 + 31 - 32) / 2 = 1, deviations +2 and -2 of two: sqrt(8) = 2.8; one of two is above.
   (line,) = [one for one in page.paired(study, rows).splitlines() if 'clamp' in one]
-  assert '| +1.0 ± 2.8 | 1 of 2 |' in line
+  assert '| +1.0 ± 2.8, 1 of 2 |' in line
   lines = page.table(study, rows, 'epochs').splitlines()
   assert '| none | 350 | 0.25 | 31.0 ± 1.4 | 50.0 ± 0.0 |' in lines
   assert any('no_distillation' in one and 'not run' in one for one in lines)
