@@ -251,10 +251,11 @@ def draw(found: dict[str, Any], path: pathlib.Path) -> None:
     ('rss_trainer', 'resident, trainer'),
   ):
     memory.plot(minutes, [sample[name] for sample in curve], linewidth=1, label=label)
-  growth = judged['numbers']['rss']['slope_an_hour']
-  memory.set(
-    ylabel='MiB', title=f'{judged["steps"]} steps; resident memory {growth:+.1f} MiB an hour'
-  )
+  rss = judged['numbers']['rss']
+  growth = rss['last_quarter'] - rss['second_quarter']
+  title = f'{judged["steps"]:,} steps; resident memory {growth:+.1f} MiB from the second to the last quarter (medians)'
+  memory.set_title(title, fontsize='medium')
+  memory.set_ylabel('MiB')
   memory.set_ylim(bottom=0)
   for name, label in (('files', 'open files'), ('threads', 'threads'), ('children', 'children')):
     counts.plot(minutes, [sample[name] for sample in curve], linewidth=1, label=label)
