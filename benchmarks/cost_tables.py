@@ -91,7 +91,8 @@ def _lines(group: Sequence[Mapping[str, Any]], measured: bool) -> Iterator[list[
     line = [row['method'], f'{_counted(row):.1f}', _of(_counted, row, first)]
     line += [f'{found["gflop_an_image"]:.1f}', f'{found["gb_an_image"]:.2f}']
     line.append(f'{found["memory_gib"]:.2f}')
-    line += [f'{_time(row):.3g}', _of(_time, row, first)]
+    time = _time(row)
+    line += [f'{time:,.0f}' if time >= 100 else f'{time:.3g}', _of(_time, row, first)]
     if measured:
       line.append(f'{row["measured"]["peak_memory_gib"]:.2f}')
     yield line
