@@ -242,6 +242,9 @@ def test_folders_of_other_classes_are_refused(pretrained, same_images, tmp_path)
 
 def test_results_of_other_settings_are_not_mixed(pretrained, tmp_path):
   evaluate.evaluate(make_config(pretrained, 'knn'), str(tmp_path))
+  # How long it may wait says nothing of a result.
+  patient = make_config(pretrained, 'knn', **{'watchdog.seconds': 9.0})
+  evaluate.evaluate(patient, str(tmp_path))
   with pytest.raises(UserError, match='with other settings: give another --workdir'):
     evaluate.evaluate(make_config(pretrained, 'knn', seed=1), str(tmp_path))
 
