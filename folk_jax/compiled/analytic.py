@@ -30,8 +30,9 @@ class Product:
 def products(function: Any, *args: Any) -> list[Product]:
   """Every product and convolution that `function(*args)` traces to.
 
-  A scan's body counts as often as it runs; a loop without a known length counts once, as does every branch of a
-  conditional. A function under `shard_map` counts on all its devices.
+  A scan's body counts as often as it runs, a loop without a known length once, and of a conditional the branch with
+  the most products (what `jax.lax.platform_dependent` says in several ways is done once). A function under
+  `shard_map` counts on all its devices.
 
   Args:
     function: traceable; a jitted function is traced with its inner one.
@@ -46,6 +47,10 @@ def _walk(jaxpr: Any, times: int, scope: str) -> Iterator[Product]:
     path = '/'.join(part for part in (scope, str(equation.source_info.name_stack)) if part)
     if name in _PRODUCTS:
       yield Product(times * _PRODUCTS[name](equation), path)
+      continue
+    if name == 'cond':
+      branches = [list(_walk(_jaxpr_of(b), times, path)) for b in equation.params['branches']]
+      yield from max(branches, key=lambda branch: sum(product.flops for product in branch))
       continue
     repeated = times
     if name == 'scan':

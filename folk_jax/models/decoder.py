@@ -12,6 +12,7 @@ import numpy as np
 
 from folk_jax import errors
 from folk_jax.models import layers as layers_lib
+from folk_jax.models.linear import Linear
 
 _LONGEST_PERIOD = 10_000.0
 
@@ -113,7 +114,7 @@ class MaskedDecoder(nn.Module):
     for level, (pooled_ND, patches_N1SD) in enumerate(encoded):
       chex.assert_shape(patches_N1SD, (n, 1, visible, None))
       tokens_NSD = jnp.concatenate([pooled_ND[:, None], patches_N1SD[:, 0]], axis=1)
-      tokens_NSE = self._dense(self.width, f'embed_{level}')(tokens_NSD).astype(jnp.float32)
+      tokens_NSE = self._linear(self.width, f'embed_{level}')(tokens_NSD).astype(jnp.float32)
       patches_NTE = layers_lib.place(tokens_NSE[:, 1:], visible_NS, count, mask_token_LE[level])
       tokens.append(jnp.concatenate([tokens_NSE[:, :1], patches_NTE + position_TE], axis=1))
 
@@ -131,9 +132,9 @@ class MaskedDecoder(nn.Module):
     tokens_MTE = layers_lib.layer_norm('norm')(tokens_MTE)[:, 1:]
     tokens_NLTE = tokens_MTE.reshape(n, levels, count, self.width)
     return tuple(
-      self._dense(values, f'head_{level}')(tokens_NLTE[:, level]).astype(jnp.float32)
+      self._linear(values, f'head_{level}')(tokens_NLTE[:, level]).astype(jnp.float32)
       for level, values in enumerate(self.outputs)
     )
 
-  def _dense(self, features: int, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=jnp.dtype(self.dtype), kernel_init=layers_lib.xavier, name=name)
+  def _linear(self, features: int, name: str) -> Linear:
+    return Linear(features, jnp.dtype(self.dtype), layers_lib.xavier, name=name)

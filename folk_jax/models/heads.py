@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from folk_jax.models import layers as layers_lib
+from folk_jax.models.linear import Linear
 
 
 class PrototypeLayer(nn.Module):
@@ -20,17 +21,16 @@ class PrototypeLayer(nn.Module):
   inputs: int
   outputs: int
   unit_gain: bool
-  dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self) -> jax.Array:
-    """The weights [E, K], in the compute dtype."""
+  def __call__(self) -> tuple[jax.Array, jax.Array]:
+    """The kernel [E, K] and each output's gain / |kernel| [K], float32; the weights are their product."""
     # DINO leaves this layer at torch's default; its scale sets how fast the direction turns.
-    kernel = self.param('kernel', layers_lib.torch_uniform, (self.inputs, self.outputs))
-    weight = kernel * _inverse_norm(kernel, axis=0)
+    kernel_EK = self.param('kernel', layers_lib.torch_uniform, (self.inputs, self.outputs))
+    scale_K = _inverse_norm(kernel_EK, axis=0)[0]
     if not self.unit_gain:
-      weight = weight * self.param('gain', nn.initializers.ones, (self.outputs,))
-    return weight.astype(self.dtype)
+      scale_K = scale_K * self.param('gain', nn.initializers.ones, (self.outputs,))
+    return kernel_EK, scale_K
 
 
 class ProjectionHead(nn.Module):
@@ -59,11 +59,14 @@ class ProjectionHead(nn.Module):
     dtype = jnp.dtype(self.dtype)
     widths = [self.hidden] * (self.layers - 1) + [self.bottleneck]
     self.mlp = [nn.Dense(width, dtype=dtype, kernel_init=layers_lib.normal) for width in widths]
-    self.last_layer = PrototypeLayer(self.bottleneck, self.outputs, self.norm_last_layer, dtype)
+    self.last_layer = PrototypeLayer(self.bottleneck, self.outputs, self.norm_last_layer)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps features [..., D] to logits [..., K], float32, in [-1, 1] where the gain is 1."""
-    return compare(self.embed(x), self.prototypes())
+    # Scaled after the product: there are fewer logits than weights, in both passes. And XLA's CPU compiler computes
+    # scaled weights inside the product, once a tile: seconds a step with DINO's 65,536 outputs.
+    kernel_EK, scale_K = self.last_layer()
+    return compare(self.embed(x), kernel_EK.astype(self.dtype)) * scale_K
 
   def embed(self, x: jax.Array) -> jax.Array:
     """Maps features [..., D] to what is compared with the prototypes: unit vectors [..., E], float32."""
@@ -74,7 +77,8 @@ class ProjectionHead(nn.Module):
 
   def prototypes(self) -> jax.Array:
     """The weights of the last layer, [E, K], in the compute dtype."""
-    return self.last_layer()
+    kernel_EK, scale_K = self.last_layer()
+    return (kernel_EK * scale_K).astype(self.dtype)
 
 
 def compare(embedding: jax.Array, prototype_EK: jax.Array) -> jax.Array:
@@ -99,10 +103,8 @@ class ReconstructionHead(nn.Module):
   def __call__(self, patches_NhwD: jax.Array) -> jax.Array:
     """Maps patch features [N, h, w, D] to normalised pixels [N, h*P, w*P, 3], float32."""
     p = self.patch
-    dense = nn.Dense(
-      3 * p * p, dtype=jnp.dtype(self.dtype), kernel_init=layers_lib.normal, name='proj'
-    )
-    pixels = dense(patches_NhwD).astype(jnp.float32)
+    linear = Linear(3 * p * p, jnp.dtype(self.dtype), layers_lib.normal, name='proj')
+    pixels = linear(patches_NhwD).astype(jnp.float32)
     n, h, w, _ = pixels.shape
     # Channel c*P*P + i*P + j holds colour c of pixel (i, j): torch's PixelShuffle.
     return pixels.reshape(n, h, w, 3, p, p).transpose(0, 1, 4, 2, 5, 3).reshape(n, h * p, w * p, 3)

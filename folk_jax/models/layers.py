@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from folk_jax.models.fused_attention import fits, fused_attention
+from folk_jax.models.linear import Linear, product
 from folk_jax.signal.shard import in_place, is_even, one_a_device, over_batch
 
 # timm's and DINO's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations out: this is it.
@@ -115,7 +116,7 @@ class PackedProjection(nn.Module):
     width = tokens_BTD.shape[-1]
     kernel = self.param('kernel', normal, (width, 3 * width)).astype(self.dtype)
     bias = self.param('bias', nn.initializers.zeros, (3 * width,)).astype(self.dtype)
-    return in_place(tokens_BTD @ kernel), bias
+    return in_place(product(tokens_BTD, kernel)), bias
 
 
 class Attention(nn.Module):
@@ -130,7 +131,7 @@ class Attention(nn.Module):
     width = tokens_BTD.shape[-1]
     product_BT3D, bias_3D = PackedProjection(self.dtype, name='qkv')(in_place(tokens_BTD))
     mixed_BTD = in_place(ATTENTION[self.implementation](product_BT3D, bias_3D, self.heads))
-    return in_place(nn.Dense(width, dtype=self.dtype, kernel_init=normal, name='proj')(mixed_BTD))
+    return in_place(Linear(width, self.dtype, normal, name='proj')(mixed_BTD))
 
 
 def _attention_by_xla(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.Array:
@@ -200,8 +201,8 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, tokens_BTD: jax.Array) -> jax.Array:
     width = tokens_BTD.shape[-1]
-    fc1 = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=normal, name='fc1')
-    fc2 = nn.Dense(width, dtype=self.dtype, kernel_init=normal, name='fc2')
+    fc1 = Linear(self.hidden, self.dtype, normal, name='fc1')
+    fc2 = Linear(width, self.dtype, normal, name='fc2')
     return in_place(fc2(in_place(gelu(in_place(fc1(in_place(tokens_BTD)))))))
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from folk_jax import errors
 from folk_jax.models import fused_attention
 from folk_jax.models import layers as layers_lib
+from folk_jax.models.linear import product
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -88,7 +89,7 @@ class PatchEmbedding(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.width,))
     patches_NhwK = to_patches(image_NHWC.astype(self.dtype), self.patch)
     kernel = kernel.astype(self.dtype).reshape(-1, self.width)
-    return patches_NhwK @ kernel + bias.astype(self.dtype)
+    return product(patches_NhwK, kernel) + bias.astype(self.dtype)
 
 
 class ViT(nn.Module):

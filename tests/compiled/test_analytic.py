@@ -28,6 +28,13 @@ def test_a_scan_counts_every_iteration_and_remat_its_recomputation():
   assert total(jax.grad(lambda w, x: f(x, w, True)), *shapes[::-1]) == 4 * product
 
 
+def test_a_conditional_counts_its_largest_branch():
+  def f(x, w):
+    return jax.lax.cond(x.sum() > 0, lambda: (x @ w) @ w, lambda: x @ w)
+
+  assert total(f, (3, 5), (5, 5)) == 2 * (2 * 3 * 5 * 5)
+
+
 def test_a_convolution_and_its_gradients_cost_the_same_each():
   def f(image, kernel):
     return jax.lax.conv_general_dilated(
