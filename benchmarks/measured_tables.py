@@ -92,6 +92,7 @@ _STEP = [
   'images',
   'attention',
   'remat',
+  'blocks a turn',
   'dtype',
   'images/s',
   'MFU',
@@ -111,6 +112,7 @@ def _step(result: Mapping[str, Any]) -> Iterator[list[Any]]:
       row['batch'],
       row['attention'],
       row['remat'],
+      row.get('scan_unroll', 1),  # Rows of before it could be chosen lack it.
       row['dtype'],
       f'{row["images_per_second"]:,.2f}',
       f'{row["mfu"]:.1%}',

@@ -97,6 +97,9 @@ def parse() -> argparse.Namespace:
     help='of our step (default auto, as the recipes)',
   )
   add(
+    '--scan-unroll', type=int, default=1, help='blocks a turn of our loop over layers (default 1)'
+  )
+  add(
     '--quick', action='store_true', help='a ViT-Ti at 64 px, one short round: does it run at all?'
   )
   add(
@@ -133,7 +136,12 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
   config.batch_size, config.image_size = flags.batch, flags.image_size
   config.model.update({'width': width, 'depth': depth, 'heads': heads, 'patch': flags.patch})
   config.model.update(
-    {'dtype': DTYPES[flags.dtype], 'remat': flags.remat, 'attention': flags.attention}
+    {
+      'dtype': DTYPES[flags.dtype],
+      'remat': flags.remat,
+      'attention': flags.attention,
+      'scan_unroll': flags.scan_unroll,
+    }
   )
   config.projection.norm_last_layer = True  # as the peer
   config.optimizer.clip_by = 'global'  # as the peer
@@ -201,6 +209,7 @@ def command(side: str, flags: argparse.Namespace) -> list[str]:
       f'--side={side}',
       f'--remat={flags.remat}',
       f'--attention={flags.attention}',
+      f'--scan-unroll={flags.scan_unroll}',
       *same,
     ]
   compiled = '--compile' if side == 'peer_compiled' else '--no-compile'
@@ -267,7 +276,15 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
   return {
     'settings': {
       name: getattr(flags, name)
-      for name in (*names, 'remat', 'attention', 'wait_policy', 'keep_memory', 'peer_flags')
+      for name in (
+        *names,
+        'remat',
+        'attention',
+        'scan_unroll',
+        'wait_policy',
+        'keep_memory',
+        'peer_flags',
+      )
     },
     'images_per_second': {
       side: round(statistics.median(values), 3) for side, values in speed.items()

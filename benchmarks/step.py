@@ -3,10 +3,11 @@
   python benchmarks/step.py --config=configs/vit_b.py --batches=64,128,256 --settings=xla:none,cudnn:none,cudnn:block
   python benchmarks/step.py --config=configs/vit_s.py --batches=4,8                 # on a CPU
 
-Each batch size and setting (`model.attention`:`model.remat`) runs in a process of its own, on a batch that already lies
-on the device: the loader has no part in it. MFU is of the model's own products (docs/performance.md says how they are
-counted) against the largest matrix product's rate, measured in the same process. What does not fit in memory is said
-and left out. Rows that stand in the JSON are kept: it may be stopped and started again.
+Each batch size and setting (`model.attention`:`model.remat`, and after another colon `model.scan_unroll`, 1 where it is
+left out) runs in a process of its own, on a batch that already lies on the device: the loader has no part in it. MFU is
+of the model's own products (docs/performance.md says how they are counted) against the largest matrix product's rate,
+measured in the same process. What does not fit in memory is said and left out. Rows that stand in the JSON are kept: it
+may be stopped and started again.
 """
 
 import argparse
@@ -33,6 +34,21 @@ def peak_flops(dtype: str) -> float:
   return 2 * side**3 / (best / 1e3)
 
 
+def parsed(setting: str) -> dict[str, Any]:
+  """The fields of `config.model` that 'attention:remat[:scan_unroll]' stands for.
+
+  Raises:
+    UserError: it is something else.
+  """
+  attention, _, rest = setting.partition(':')
+  remat, _, unroll = rest.partition(':')
+  if not (attention and remat and (unroll or '1').isdecimal()):
+    raise UserError(
+      f'--settings={setting}: expected attention:remat or attention:remat:scan_unroll, such as xla:none:12'
+    )
+  return {'attention': attention, 'remat': remat, 'scan_unroll': int(unroll or 1)}
+
+
 def one(flags: argparse.Namespace) -> dict[str, Any]:
   """Times one batch size and setting in this process."""
   import jax
@@ -43,9 +59,9 @@ def one(flags: argparse.Namespace) -> dict[str, Any]:
   from folk_jax.train.run import compute_dtype
 
   config = recipe_step.load(flags.config)
-  attention, remat = flags.one.split(':')
+  setting = parsed(flags.one)
   config.batch_size = int(flags.batches)
-  config.model.attention, config.model.remat = attention, remat
+  config.model.update(setting)
   if flags.dtype:
     config.model.dtype = flags.dtype
   dtype = compute_dtype(config.model.dtype)
@@ -68,8 +84,7 @@ def one(flags: argparse.Namespace) -> dict[str, Any]:
   return {
     'device': device.device_kind,
     'batch': config.batch_size,
-    'attention': attention,
-    'remat': remat,
+    **setting,
     'dtype': dtype,
     'images_per_second': config.batch_size / seconds,
     'ms_per_step': 1e3 * seconds,
@@ -94,7 +109,11 @@ def main() -> None:
     help='recipe, with its argument (default configs/vit_s.py)',
   )
   add('--batches', default='8', help='images a step, several apart by commas (default 8)')
-  add('--settings', default='xla:none,xla:elementwise,xla:block', help='attention:remat, several')
+  add(
+    '--settings',
+    default='xla:none,xla:elementwise,xla:block',
+    help='attention:remat[:scan_unroll], several',
+  )
   add('--dtype', default='', help='float32 or bfloat16 (default: the recipe: bfloat16 but on CPUs)')
   add('--augmentation', action='store_true', help="with the recipe's colour augmentation")
   add('--steps', type=int, default=5, help='timed steps (default 5)')
@@ -116,11 +135,9 @@ def main() -> None:
   rows = report.read_json(out)['rows'] if out.exists() else []
   for batch in flags.batches.split(','):
     for setting in flags.settings.split(','):
-      attention, _, remat = setting.partition(':')
-      key = (int(batch), attention, remat, flags.augmentation, flags.dtype)
-      if any(
-        (r['batch'], r['attention'], r['remat'], r['augmentation'], r['asked']) == key for r in rows
-      ):
+      asked = {'batch': int(batch), **parsed(setting)}
+      asked |= {'augmentation': flags.augmentation, 'asked': flags.dtype}
+      if any(asked.items() <= row.items() for row in rows):
         continue
       command = [sys.executable, __file__, f'--one={setting}', f'--config={flags.config}']
       command += [f'--batches={batch}', f'--steps={flags.steps}', f'--dtype={flags.dtype}']
@@ -138,6 +155,7 @@ def main() -> None:
     'batch',
     'attention',
     'remat',
+    'unroll',
     'dtype',
     'augmented',
     'images/s',
@@ -153,6 +171,7 @@ def main() -> None:
           r['batch'],
           r['attention'],
           r['remat'],
+          r['scan_unroll'],
           r['dtype'],
           'yes' if r['augmentation'] else 'no',
           r['images_per_second'],

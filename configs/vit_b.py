@@ -64,7 +64,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # Recomputed in the backward pass: 'none', 'elementwise' (all but products with weights) or 'block' (all).
   c.model.remat = 'elementwise'
   c.model.attention = 'auto'  # 'xla', 'cudnn' (NVIDIA, bfloat16), 'pallas' (TPUs: 'auto' there).
-  c.model.scan_unroll = 1  # Blocks an iteration of the scan over layers.
+  c.model.scan_unroll = 0  # Blocks a turn of the loop over layers; 0: on TPUs all, else 1.
   c.model.dtype = (
     'auto'  # Compute type: bfloat16 on TPU and GPU, float32 on CPU. Parameters, spectra, norms and
   )

@@ -38,7 +38,7 @@ _FIELDS = {
   'data.test_resize': int,
 }
 # Fields of a model that choose how it is computed; these run on any device.
-_PLAIN = {'dtype': 'float32', 'attention': 'xla'}
+_PLAIN = {'dtype': 'float32', 'attention': 'xla', 'scan_unroll': 1}
 
 
 def _define_flags() -> None:

@@ -22,7 +22,12 @@ from folk_jax.compiled.table import say
 from folk_jax.train import loop, run, sharding
 
 # A model's own work is counted on its plain form: nothing recomputed, no kernel whose inside can't be seen.
-_PLAIN = {'model.remat': 'none', 'model.attention': 'xla', 'spectral_backend': 'fft'}
+_PLAIN = {
+  'model.remat': 'none',
+  'model.attention': 'xla',
+  'model.scan_unroll': 1,
+  'spectral_backend': 'fft',
+}
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40, '': 1}
 
 

@@ -63,6 +63,7 @@ class MaskedDecoder(nn.Module):
     dtype: compute dtype, 'float32' or 'bfloat16'; the output is float32.
     remat: what the backward pass recomputes, a key of `layers.REMAT`.
     attention: as in `ViT`.
+    scan_unroll: blocks per iteration of the scan over layers, at least 1.
 
   Raises:
     UserError: for widths and heads that do not fit, when the module is first bound.
@@ -77,6 +78,7 @@ class MaskedDecoder(nn.Module):
   dtype: str = 'float32'
   remat: str = 'none'
   attention: str = 'xla'
+  scan_unroll: int = 1
 
   def check(self) -> None:
     """Raises UserError where the fields contradict each other."""
@@ -127,7 +129,9 @@ class MaskedDecoder(nn.Module):
       dtype=dtype,
       attention=self.attention,
     )
-    blocks = layers_lib.scanned_blocks(settings, self.depth, collect=False, remat=self.remat)
+    blocks = layers_lib.scanned_blocks(
+      settings, self.depth, collect=False, remat=self.remat, unroll=self.scan_unroll
+    )
     tokens_MTE, _ = blocks(tokens_MTE, None)
     tokens_MTE = layers_lib.layer_norm('norm')(tokens_MTE)[:, 1:]
     tokens_NLTE = tokens_MTE.reshape(n, levels, count, self.width)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from folk_jax.models.fused_attention import fits, fused_attention
-from folk_jax.models.linear import Linear, product
+from folk_jax.models.linear import Linear, cast, product
 from folk_jax.signal.shard import in_place, is_even, one_a_device, over_batch
 
 # timm's and DINO's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations out: this is it.
@@ -114,7 +114,7 @@ class PackedProjection(nn.Module):
   @nn.compact
   def __call__(self, tokens_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     width = tokens_BTD.shape[-1]
-    kernel = self.param('kernel', normal, (width, 3 * width)).astype(self.dtype)
+    kernel = cast(self.param('kernel', normal, (width, 3 * width)), self.dtype)
     bias = self.param('bias', nn.initializers.zeros, (3 * width,)).astype(self.dtype)
     return in_place(product(tokens_BTD, kernel)), bias
 
@@ -255,7 +255,7 @@ def scanned_blocks(
     depth: number of blocks; each parameter has them on its first axis.
     collect: whether every block's output is returned as well.
     remat: a key of `REMAT`.
-    unroll: blocks an iteration of the scan.
+    unroll: blocks an iteration of the scan, at least 1; `depth` or more leave no loop.
 
   Returns:
     Maps tokens [B, T, D] and drop path's factors [L, 2, B] or None to tokens and, if `collect`,
@@ -263,14 +263,14 @@ def scanned_blocks(
   """
   block = Block
   if REMAT[remat] is not None:
-    # The scan already keeps the two passes apart, so XLA needn't be kept from merging them.
-    block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
+    # A loop already keeps the two passes apart; where there is none, XLA has to be kept from merging them.
+    block = nn.remat(block, prevent_cse=unroll >= depth, policy=REMAT[remat])
   scanned = nn.scan(
     block,
     variable_axes={'params': 0},
     split_rngs={'params': True},
     length=depth,
-    unroll=unroll,
+    unroll=min(unroll, depth),
   )
   return scanned(settings, collect, name='blocks')
 

@@ -51,6 +51,11 @@ def _kernel_gradient_on_cpu(x: jax.Array, cotangent: jax.Array) -> jax.Array:
 product.defvjp(lambda x, kernel_MN: (x @ kernel_MN, (x, kernel_MN)), _backward)
 
 
+def cast(kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Weights in the compute type, once a pass: a TPU else casts them inside the product, once a tile of its result."""
+  return kernel if kernel.dtype == dtype else jax.lax.optimization_barrier(kernel.astype(dtype))
+
+
 class Linear(nn.Module):
   """A linear layer over the last axis: parameters kernel [M, N] and bias [N].
 
@@ -69,5 +74,5 @@ class Linear(nn.Module):
     """Maps [..., M] to [..., N]."""
     kernel_MN = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
     bias_N = self.param('bias', nn.initializers.zeros, (self.features,))
-    rows = product(x.astype(self.dtype), kernel_MN.astype(self.dtype))
+    rows = product(x.astype(self.dtype), cast(kernel_MN, self.dtype))
     return rows + bias_N.astype(self.dtype)

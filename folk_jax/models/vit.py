@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from folk_jax import errors
 from folk_jax.models import fused_attention
 from folk_jax.models import layers as layers_lib
-from folk_jax.models.linear import product
+from folk_jax.models.linear import cast
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -88,8 +88,8 @@ class PatchEmbedding(nn.Module):
     kernel = self.param('kernel', layers_lib.torch_uniform, shape)
     bias = self.param('bias', nn.initializers.zeros, (self.width,))
     patches_NhwK = to_patches(image_NHWC.astype(self.dtype), self.patch)
-    kernel = kernel.astype(self.dtype).reshape(-1, self.width)
-    return product(patches_NhwK, kernel) + bias.astype(self.dtype)
+    kernel = cast(kernel, self.dtype).reshape(-1, self.width)
+    return patches_NhwK @ kernel + bias.astype(self.dtype)
 
 
 class ViT(nn.Module):
@@ -113,7 +113,7 @@ class ViT(nn.Module):
       weights: norms, GELU and attention) or 'block' (all but each block's input).
     attention: 'xla'; 'cudnn' for the fused kernel of NVIDIA GPUs (bfloat16 only); or 'pallas' for
       ours of TPUs (heads of 64 or 128 channels), which elsewhere is 'xla'.
-    scan_unroll: blocks per iteration of the scan over layers.
+    scan_unroll: blocks per iteration of the scan over layers, at least 1; `depth` leaves no loop.
 
   Raises:
     UserError: for sizes that do not divide and unknown options, when the module is first bound.
@@ -164,6 +164,10 @@ class ViT(nn.Module):
         f"model.attention 'pallas' takes heads of {' or '.join(map(str, fused_attention.WIDTHS))} channels and a width "
         f'that is a multiple of 128; model.width {self.width} with {self.heads} heads is neither: use '
         "'xla'"
+      )
+    if self.scan_unroll < 1:
+      raise errors.UserError(
+        f'model.scan_unroll is {self.scan_unroll}: it must be 0 (chosen by device) or a number of blocks'
       )
     if not 0.0 <= self.drop_path < 1.0:
       raise errors.UserError(f'model.drop_path is {self.drop_path}: it must lie in [0, 1)')

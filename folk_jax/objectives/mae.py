@@ -115,6 +115,7 @@ class MaskedModelling:
       # The decoder sees four times the encoder's patches: what saves memory there has to here.
       remat=self.parts.backbone.remat,
       attention=self.parts.backbone.attention,
+      scan_unroll=self.parts.backbone.scan_unroll,
     )
 
   def init(self, rng: jax.Array, batch: Batch) -> tuple[dict[str, Any], Any]:

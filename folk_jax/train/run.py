@@ -91,6 +91,8 @@ def make_backbone(config: ml_collections.ConfigDict) -> Any:
   name = fields.pop('name')
   if 'attention' in fields:
     fields['attention'] = _attention(fields)
+  if 'scan_unroll' in fields:
+    fields['scan_unroll'] = _scan_unroll(fields)
   if 'layer_scale' in fields:
     fields['layer_scale'] = fields['layer_scale'] or None
   return models.make_backbone(name, config.image_size, **fields)
@@ -137,6 +139,8 @@ def for_platform(config: ml_collections.ConfigDict, platform: str) -> ml_collect
     config.spectral_backend = _chosen('spectral_backend', config.spectral_backend, platform)
     if 'attention' in config.model:
       config.model.attention = _attention(config.model, platform)
+    if 'scan_unroll' in config.model:
+      config.model.scan_unroll = _scan_unroll(config.model, platform)
   return config
 
 
@@ -145,6 +149,16 @@ def _attention(model: Mapping[str, Any], platform: str = '') -> str:
   name = _chosen('model.attention', model['attention'], platform)
   taken = model['attention'] != 'auto' or fused_attention.fits(model['width'], model['heads'])
   return name if taken else 'xla'
+
+
+def _scan_unroll(model: Mapping[str, Any], platform: str = '') -> int:
+  """0 is all blocks on TPUs and 1 elsewhere.
+
+  A TPU copies what a turn of a loop keeps for the backward pass into arrays of all layers, and out again: without the
+  loop FOLK's ViT-B moves fewer bytes and needs less memory (docs/performance.md). GPUs haven't been measured.
+  """
+  everything = model['depth'] if (platform or jax.default_backend()) == 'tpu' else 1
+  return model['scan_unroll'] or everything
 
 
 def data_settings(config: ml_collections.ConfigDict) -> data.DataSettings:

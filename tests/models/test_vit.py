@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from folk_jax import errors, models
+from folk_jax.compiled import cost, hlo
 from folk_jax.interop import timm as interop
 from folk_jax.models import layers as layers_lib
 from folk_jax.models import vit as vit_lib
@@ -173,13 +174,38 @@ def test_remat_and_unrolling_change_no_value(small):
 
   expected = value_and_gradient()
   largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
-  for options in ({'remat': 'block'}, {'remat': 'elementwise'}, {'scan_unroll': 3}):
+  for options in (
+    {'remat': 'block'},
+    {'remat': 'elementwise'},
+    {'scan_unroll': 2},
+    {'scan_unroll': 3},
+    {'scan_unroll': 3, 'remat': 'block'},
+  ):
     # Sums in another order: some ulps of the largest terms.
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest, rtol=1e-4),
       value_and_gradient(**options),
       expected,
     )
+
+
+def test_without_a_loop_remat_still_recomputes():
+  """XLA would merge the recomputed pass with the first, and keep it in memory, where nothing stood between them."""
+  image = jnp.zeros((2, 16, 16, 3))
+
+  def products(**options):
+    model = models.make_backbone('vit', 16, width=16, depth=3, heads=2, patch=8, **options)
+    params = jax.eval_shape(model.init, jax.random.key(0), image)
+
+    def energy(params):
+      return jnp.sum(jnp.square(model.apply(params, image).patches))
+
+    program = jax.jit(jax.grad(energy)).lower(params).compile()
+    visits, _ = cost.visits(hlo.parse(program.as_text()))
+    return sum(visit.times * cost.flops(visit) for visit in visits)
+
+  recomputed = products(remat='block', scan_unroll=3)
+  assert recomputed == products(remat='block') > products(scan_unroll=3)
 
 
 def test_layer_scale_is_a_gain_on_each_branch(small):

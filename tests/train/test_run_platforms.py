@@ -9,23 +9,26 @@ from folk_jax.train import run
 @pytest.mark.parametrize(
   'recipe, platform, chosen',
   [
-    ('vit_b', 'tpu', ('bfloat16', 'matmul', 'pallas')),
-    ('vit_b', 'gpu', ('bfloat16', 'fft', 'xla')),
-    ('vit_b', 'cpu', ('float32', 'fft', 'xla')),
-    ('quickstart', 'tpu', ('bfloat16', 'matmul', 'xla')),  # Heads of 32 channels: no kernel.
+    ('vit_b', 'tpu', ('bfloat16', 'matmul', 'pallas', 12)),
+    ('vit_b', 'gpu', ('bfloat16', 'fft', 'xla', 1)),
+    ('vit_b', 'cpu', ('float32', 'fft', 'xla', 1)),
+    ('quickstart', 'tpu', ('bfloat16', 'matmul', 'xla', 3)),  # Heads of 32 channels: no kernel.
   ],
 )
 def test_auto_by_platform(recipe, platform, chosen):
   config = load_recipe(f'configs/{recipe}.py', None)
   found = run.for_platform(config, platform)
-  assert (found.model.dtype, found.spectral_backend, found.model.attention) == chosen
+  model = found.model
+  assert (model.dtype, found.spectral_backend, model.attention, model.scan_unroll) == chosen
   assert config.model.attention == 'auto'  # The argument is left as it was.
 
 
 def test_what_is_asked_for_stays():
   config = load_recipe('configs/vit_b.py', None)
   config.spectral_backend, config.model.attention, config.model.dtype = 'fft', 'cudnn', 'float32'
+  config.model.scan_unroll = 3
   found = run.for_platform(config, 'tpu')
+  assert found.model.scan_unroll == 3
   assert (found.model.dtype, found.spectral_backend, found.model.attention) == (
     'float32',
     'fft',
