@@ -141,7 +141,7 @@ def _inside(equation: Any, operands: list[_Value], scope: str) -> list[_Value] |
   """The results by way of what the operation runs; None where it can't be looked into."""
   name, params = equation.primitive.name, equation.params
   if name == 'scan':
-    return _scan(params, operands, scope)
+    return _scan(equation, operands, scope)
   if name == 'cond':
     chosen = params['branches'][int(operands[0].array)]
     return _run(chosen.jaxpr, chosen.consts, operands[1:], scope)
@@ -154,10 +154,13 @@ def _inside(equation: Any, operands: list[_Value], scope: str) -> list[_Value] |
   return _run(jaxpr, consts, operands, scope)
 
 
-def _scan(params: Any, operands: list[_Value], scope: str) -> list[_Value]:
+def _scan(equation: Any, operands: list[_Value], scope: str) -> list[_Value]:
+  params = equation.params
   body, length = params['jaxpr'], params['length']
-  first, carried = params['num_consts'], params['num_consts'] + params['num_carry']
-  consts, carry, rows = operands[:first], operands[first:carried], operands[carried:]
+  # What has an axis more outside is cut into turns; jax's versions name the numbers in different ways.
+  whole = _of_equal_rank(equation.invars, body.jaxpr.invars)
+  first = whole - _of_equal_rank(equation.outvars, body.jaxpr.outvars)
+  consts, carry, rows = operands[:first], operands[first:whole], operands[whole:]
   order = range(length - 1, -1, -1) if params['reverse'] else range(length)
   outputs: dict[int, list[_Value]] = {}
   for turn in order:
@@ -171,6 +174,10 @@ def _scan(params: Any, operands: list[_Value], scope: str) -> list[_Value]:
       _Value(jnp.stack([value.array for value in column]), next(filter(None, origins), None))
     )
   return [*carry, *stacked]
+
+
+def _of_equal_rank(outside: list[Any], inside: list[Any]) -> int:
+  return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
 
 def _found(array: Any) -> str:
