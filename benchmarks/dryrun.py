@@ -74,6 +74,13 @@ ROWS: dict[str, dict[str, Any]] = {
     batch_size=1024,
     **(_PALLAS | {'model.remat': 'block'}),
   ),
+  'vit_b_v5e_16_scan': _row(
+    'FOLK, ViT-B/16, 1 block a turn',
+    'vit_b.py',
+    'v5e:4x4',
+    batch_size=1024,
+    **(_PALLAS | {'model.scan_unroll': 1}),
+  ),
   'vit_b_v5e_64': _row('FOLK, ViT-B/16', 'vit_b.py', 'v5e:8x8', batch_size=1024, **_PALLAS),
   # What the kernel and the products in place of the FFT are worth: the same step without them.
   'vit_b_v5e_16_xla': _row(

@@ -63,6 +63,7 @@ class Recorder:
   depth: int = 2
   remat: str = 'none'
   attention: str = 'xla'
+  scan_unroll: int = 1
   given: tuple = ()
 
   def apply(self, variables, image_NHWC, sample_keys, visible_NS, **options):

@@ -69,6 +69,7 @@ class Recorder:
   depth: int = 2
   remat: str = 'none'
   attention: str = 'xla'
+  scan_unroll: int = 1
   seeds: jax.typing.ArrayLike = (1, 2)
   asked: dict = dataclasses.field(default_factory=dict)
 
