@@ -34,6 +34,12 @@ def measured(folder: pathlib.Path) -> str:
       parts.append(note)
     parts.append(cells(header, rows) if rows else 'Not run.')
     parts += [_source(result) for result in results]
+  parts += _ceilings(
+    *(
+      [report.read_json(file) for file in sorted(folder.glob(pattern))]
+      for pattern in ('peer_*.json', 'step_*.json')
+    )
+  )
   if not list(folder.glob('peer_gpu*.json')):
     parts.append('On a GPU: not run. The command is `benchmarks/gpu.sh --minutes=25 --peer=FILE`.')
   return '\n\n'.join(parts)
@@ -119,6 +125,34 @@ def _step(result: Mapping[str, Any]) -> Iterator[list[Any]]:
       f'{row["peak_tflops"]:.2f}',
       f'{row["peak_memory_gib"] or row["temporaries_gib"]:.2f}',
     ]
+
+
+def _ceilings(
+  peers: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+  """What the products alone would allow, beside the peer, for each comparison whose step was timed alone as well."""
+  dtypes = {'fp32': 'float32', 'bf16': 'bfloat16'}
+  for peer in peers:
+    asked, rates = peer['settings'], peer['images_per_second']
+    same = {'batch': asked['batch'], 'dtype': dtypes[asked['dtype']], 'augmentation': False}
+    device = peer['turns']['ours'][0]['device']
+    rows = [
+      row
+      for step in steps
+      if step['what'].startswith(f'one train step of configs/{asked["model"]}.py,')
+      for row in step['rows']
+      if row['device'] == device and same.items() <= row.items()
+    ]
+    for side, rate in rates.items():
+      if not rows or not side.startswith('peer'):
+        continue
+      best = max(rows, key=lambda row: row['peak_tflops'])
+      ceiling = 1e3 * best['peak_tflops'] / best['model_gflop_an_image']
+      yield (
+        f'{asked["model"]}, {asked["batch"]} images, {same["dtype"]}, {device}: products alone, at the rate of the '
+        f'largest one, would give {ceiling:,.2f} images/s, {ceiling / rate:.2f} times {side}; 1.2 times it would take '
+        f'{1.2 * rate / ceiling:.0%} of that rate, and ours is at {rates["ours"] / ceiling:.0%}.'
+      )
 
 
 _SCALING = ['step', 'devices', 'images/s', 'efficiency', 'GFLOP a device', 'against the first']
