@@ -13,9 +13,8 @@ def product(x: jax.Array, kernel_MN: jax.Array) -> jax.Array:
   """Rows times a kernel, with the gradient that autodiff would give.
 
   On CPUs the kernel's gradient is one product of the rows as they lie, the narrower factor on the left. What autodiff
-  writes, XLA turns into one with a copy of `x` or of the cotangent in another order, and multiplies by whichever comes:
-  together a twentieth of a ViT-S step. Elsewhere nothing is asked for: reshaping to rows would be a copy on a TPU,
-  whose tiles the tokens don't fill.
+  writes, XLA turns into one with a copy of the cotangent in another order, whichever factor is the wider. Elsewhere
+  nothing is asked for: reshaping to rows would be a copy on a TPU, whose tiles the tokens don't fill.
 
   Args:
     x: [..., M], floating point.
