@@ -133,6 +133,7 @@ def main() -> None:
     raise UserError(f'--config={flags.config}: there is no recipe {recipe}')
   out = flags.out or report.ROOT / 'benchmarks' / 'results' / f'step_{recipe.stem}.json'
   rows = report.read_json(out)['rows'] if out.exists() else []
+  rows = [{'scan_unroll': 1} | row for row in rows]  # Those of before it could be chosen lack it.
   for batch in flags.batches.split(','):
     for setting in flags.settings.split(','):
       asked = {'batch': int(batch), **parsed(setting)}
