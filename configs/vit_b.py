@@ -63,8 +63,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.model.layer_scale = 0.0  # 0: none.
   # Recomputed in the backward pass: 'none', 'elementwise' (all but products with weights) or 'block' (all).
   c.model.remat = 'elementwise'
-  c.model.attention = 'auto'  # 'xla', 'cudnn' (NVIDIA, bfloat16), 'pallas' (TPUs: 'auto' there).
-  c.model.scan_unroll = 0  # Blocks a turn of the loop over layers; 0: on TPUs all, else 1.
+  c.model.attention = 'auto'  # 'xla', 'cudnn' (NVIDIA GPUs), 'pallas' (TPUs).
+  c.model.scan_unroll = 0  # Blocks a turn of the loop over layers; 0: on CPUs 1, else all.
   c.model.dtype = (
     'auto'  # Compute type: bfloat16 on TPU and GPU, float32 on CPU. Parameters, spectra, norms and
   )

@@ -9,6 +9,7 @@ else. docs/performance.md explains every figure.
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # It imports jax, which must wait until the environment is pr
   from folk_jax.compiled import step as step_lib
 
 GIB = chips.GIB
+_GPU_FRACTION = 0.75  # jax's own default ("GPU memory allocation" in its documentation).
 _LARGEST_BATCH = 4096  # Images a chip; `--find_batch` goes no further.
 
 
@@ -40,9 +42,12 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     'topology',
     '',
-    'TPU slice to compile for: v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x4, ...; empty: the local devices.',
+    'What to compile for: a TPU slice, v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x4, ..., or GPUs, h100:8, h200:1, a100:8, '
+    'b200:8, rtx4090:1 (hosts x GPUs: h100:2x8); empty: the local devices.',
   )
-  flags.DEFINE_integer('slices', 1, 'How many such slices, joined over the network.', lower_bound=1)
+  flags.DEFINE_integer(
+    'slices', 1, 'How many such slices of TPUs, joined over the network.', lower_bound=1
+  )
   flags.DEFINE_string('json', None, 'Write the report to this file.')
   flags.DEFINE_string('text', None, "Write the compiled program (XLA's HLO) to this file.")
   flags.DEFINE_integer('images', 1281167, 'Samples of the training set; none is read.', 1)
@@ -71,8 +76,10 @@ def main(argv: Sequence[str]) -> None:
       f"config.task is {config.task!r}: only a recipe that trains ('pretrain') has a step to compile"
     )
   if values.topology:
-    topology.parse(values.topology)
-    topology.prepare_environment()
+    chip, _ = topology.parse(values.topology)
+    if values.slices > 1 and chip.platform == 'gpu':
+      raise UserError(f'--slices is for TPUs: give hosts x GPUs, such as {chip.name}:2x8')
+    topology.prepare_environment(values.topology)
   elif values.slices > 1:
     raise UserError('--slices needs a --topology: the local devices are what they are')
   from folk_jax.compiled import step as step_lib  # Starts jax, in the environment just prepared.
@@ -109,12 +116,19 @@ def _target(name: str, slices: int, memory_gib: float | None) -> 'step_lib.Targe
   limit = memory_gib * GIB if memory_gib is not None else None
   if name:
     chip, _ = topology.parse(name)
+    if limit is None and chip.platform == 'gpu':
+      limit = _lent(chip)
     return step_lib.Target(name, slices, topology.devices(name, slices), chip, limit)
   devices = jax.devices()
   if limit is None:
     # A GPU says what it lends to programs; a CPU says nothing.
     limit = (devices[0].memory_stats() or {}).get('bytes_limit')
   return step_lib.Target('', 1, devices, chips.chip_of(devices[0].device_kind), limit)
+
+
+def _lent(chip: chips.Chip) -> float:
+  """Bytes of a GPU that jax takes when it starts, and programs have no more; a TPU's compiler knows its own."""
+  return chip.hbm_bytes * float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', _GPU_FRACTION))
 
 
 def find_batch(

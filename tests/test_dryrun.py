@@ -12,7 +12,7 @@ import pytest
 
 from folk_jax import config as config_lib
 from folk_jax import dryrun
-from folk_jax.compiled import hlo, step
+from folk_jax.compiled import chips, gpus, hlo, step
 from folk_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -85,6 +85,13 @@ def test_every_part_of_the_step_has_its_share(smoke, scope):
   [
     ((SMOKE, '--topology=v9:4x4'), "unknown topology 'v9:4x4'"),
     ((SMOKE, '--slices=2'), '--slices needs a --topology'),
+    ((SMOKE, '--topology=h100:8', '--slices=2'), 'give hosts x GPUs, such as h100:2x8'),
+    ((SMOKE, '--topology=h100:all'), 'give the number of GPUs, such as h100:8'),
+    pytest.param(
+      (SMOKE, '--topology=h100:8'),
+      "jax's plugin for CUDA, which is not installed: pip install -c constraints.txt -e '.[gpu]'",
+      marks=pytest.mark.skipif(gpus.cuda() is not None, reason='it is installed'),
+    ),
     (('--config=configs/evaluate.py',), 'only a recipe that trains'),
   ],
 )
@@ -181,14 +188,24 @@ def test_a_limit_on_memory_is_kept(monkeypatch):
         compiler.report(config)
 
 
-def test_a_topologys_auto_is_the_tpus():
+def test_a_topologys_auto_is_the_chips():
   config = config_lib.load_recipe('configs/vit_b.py')
-  target = step.Target('v5e:4x4', 1, [], None, None)
+  target = step.Target('v5e:4x4', 1, [], chips.CHIPS['v5e'], None)
   assert step.for_target(config, target).model.dtype == 'bfloat16'
+  assert step.for_target(config, target).model.attention == 'pallas'
   config.model.dtype = 'float32'
   assert step.for_target(config, target).model.dtype == 'float32'
-  local = step.Target('', 1, jax.devices(), None, None)
   config.model.dtype = 'auto'
+  of_gpu = step.for_target(config, step.Target('h200:8', 1, [], chips.CHIPS['h200'], None))
+  assert (of_gpu.model.dtype, of_gpu.model.attention) == ('bfloat16', 'cudnn')
+  assert of_gpu.model.scan_unroll == of_gpu.model.depth and of_gpu.spectral_backend == 'fft'
+  config.model.dtype = 'float32'  # which cuDNN's attention does not take
+  assert (
+    step.for_target(config, step.Target('h200:8', 1, [], chips.CHIPS['h200'], None)).model.attention
+    == 'xla'
+  )
+  config.model.dtype = 'auto'
+  local = step.Target('', 1, jax.devices(), None, None)
   assert step.for_target(config, local).model.dtype == 'float32'  # on a CPU
 
 
@@ -209,3 +226,24 @@ def test_a_tpus_compiler_compiles_the_step(tmp_path):
   assert 1 <= found['flops']['executed_over_model'] < 2
   assert found['roofline']['seconds'] > 0 and found['compiler']['cycles'] > 0
   assert found['memory']['capacity'] == 16 * 2**30 and 'MFU' in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  gpus.cuda() is None,
+  reason="the compiler for NVIDIA GPUs is not installed: pip install -c constraints.txt -e '.[gpu]'",
+)
+def test_a_gpus_compiler_compiles_the_step(tmp_path):
+  """On Python 3.12 and later: the plugin of jax 0.10 does not compile cuDNN's attention without a GPU."""
+  report = tmp_path / 'report.json'
+  args = (*TINY_ARGS, '--config.model.heads=3', '--config.model.dtype=bfloat16')
+  done = run(SMOKE, *args, '--topology=h200:2', f'--json={report}', '--text=/dev/null')
+  assert done.returncode == 0, done.stderr
+  found = json.loads(report.read_text())
+  assert found['setting']['device_kind'] == 'NVIDIA H200' and found['setting']['devices'] == 2
+  assert found['setting']['model']['attention'] == 'cudnn'
+  assert 'images' not in {row['what'] for row in found['collectives']}
+  assert 0.95 <= found['flops']['executed_over_model'] < 1.5
+  bound = found['roofline']
+  assert 0 < bound['seconds'] <= bound['serial'] and 0 < bound['serial_mfu'] <= bound['mfu']
+  assert found['memory']['capacity'] == 141 * 2**30 and 'one kernel after the other' in done.stdout

@@ -18,8 +18,8 @@ from folk_jax.compiled.hlo import Computation, Instruction, Module, Shape
 # counted; loops, calls and branches are counted through what they run.
 _FREE = frozenset(
   """parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier while call
-  conditional async-start async-update async-done copy-done slice-done dynamic-slice-done add-dependency domain
-  all-reduce-done all-gather-done collective-permute-done send-done recv-done get-dimension-size""".split()
+  conditional async-start async-update async-done copy-done slice-done dynamic-slice-done fusion-done add-dependency
+  domain all-reduce-done all-gather-done collective-permute-done send-done recv-done get-dimension-size""".split()
 )
 _FREE_TARGETS = frozenset(
   {'AllocateBuffer', 'Sharding', 'SPMDFullToShardShape', 'SPMDShardToFullShape'}
@@ -41,7 +41,8 @@ class Visit:
   """An instruction, where it stands, and how often one step runs it.
 
   `fused`: it runs inside a fusion, where intermediate results don't reach memory. `op_name`: where it comes from; of an
-  instruction that the compiler made without saying so, such as a copy, that of the loop around it.
+  instruction that the compiler made without saying so, such as a copy, that of the loop around it. `kernel`: the same
+  number for what runs as one: a fusion and what is inside it.
   """
 
   instruction: Instruction
@@ -49,6 +50,7 @@ class Visit:
   times: int
   fused: bool
   op_name: str
+  kernel: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +89,15 @@ def visits(module: Module) -> tuple[list[Visit], list[str]]:
 
   Of a conditional every branch is visited: an upper bound.
   """
-  found, unknown = [], []
+  found, unknown, kernels = [], [], 0
 
   def walk(name: str, times: int, fused: bool, around: str) -> None:
+    nonlocal kernels
     inside = module.computations[name]
     for instruction in inside.instructions.values():
       op_name = instruction.op_name or around
-      found.append(Visit(instruction, inside, times, fused, op_name))
+      kernels += not fused
+      found.append(Visit(instruction, inside, times, fused, op_name, kernels))
       if instruction.opcode == 'while':
         count = hlo.trip_count(module, inside, instruction)
         if count is None:
@@ -101,8 +105,8 @@ def visits(module: Module) -> tuple[list[Visit], list[str]]:
           count = 1
         walk(instruction.called('body')[0], times * count, fused, op_name)
         walk(instruction.called('condition')[0], times * (count + 1), fused, op_name)
-      elif instruction.opcode in ('fusion', 'async-start'):
-        inner = fused or instruction.opcode == 'fusion'
+      elif instruction.opcode in ('fusion', 'fusion-start', 'async-start'):
+        inner = fused or instruction.opcode != 'async-start'
         walk(instruction.called('calls')[0], times, inner, op_name)
       elif instruction.opcode in ('call', 'conditional'):
         names = ('to_apply', 'branch_computations', 'true_computation', 'false_computation')
@@ -145,9 +149,20 @@ def _library_call(visit: Visit) -> float:
   if 'convForward' in visit.instruction.attribute('custom_call_target'):
     operands = list(visit.inside.operand_shapes(visit.instruction))
     return _convolution(visit.instruction, operands[0][0], operands[1][0])
+  if 'cudnn_fmha_backend_config' in call:
+    return _fused_attention(visit)
   # A kernel written by hand (Pallas) may state what it costs.
   estimate = call.get('custom_call_config', call).get('cost_estimate', {})
   return float(estimate.get('flops', 0))
+
+
+def _fused_attention(visit: Visit) -> float:
+  """cuDNN's attention: two products forward, five backward, where the scores are computed anew."""
+  call = visit.instruction.backend_config['cudnn_fmha_backend_config']
+  query = next(visit.inside.operand_shapes(visit.instruction))[0]
+  keys = int(call['intermediate_tensor_shape']['dimensions'][-1])
+  backward = 'Backward' in visit.instruction.attribute('custom_call_target')
+  return (5 if backward else 2) * 2.0 * query.elements * keys
 
 
 def _convolution(instruction: Instruction, image: Shape, kernel: Shape) -> float:
@@ -192,14 +207,19 @@ def valid_taps(image: int, kernel: int, result: int, window: Mapping[str, int]) 
   return int(np.count_nonzero(inside & (at % window['lhs_dilate'] == 0)))
 
 
-def passes(visit: Visit) -> int:
-  """How many bfloat16 products the matrix unit of a TPU makes of this one: float32 at `highest` precision is six, at
-  `high` three, one otherwise."""
+def passes(visit: Visit, of_float32: tuple[float, float, float] = (1, 3, 6)) -> float:
+  """How many bfloat16 products the chip's matrix unit makes of this one, or has time for meanwhile.
+
+  Args:
+    visit: a product.
+    of_float32: of a product of float32, at precision 'default', 'high' and 'highest' (`Chip.passes`).
+  """
   precision = visit.instruction.attribute('operand_precision')
   dtypes = {shapes[0].dtype for shapes in visit.inside.operand_shapes(visit.instruction)}
   if dtypes != {'f32'}:
     return 1
-  return 6 if 'highest' in precision else 3 if 'high' in precision else 1
+  default, high, highest = of_float32
+  return highest if 'highest' in precision else high if 'high' in precision else default
 
 
 def moved_bytes(module: Module, visit: Visit) -> float:
@@ -219,14 +239,18 @@ def moved_bytes(module: Module, visit: Visit) -> float:
     operand = next(inside.operand_shapes(instruction))[0]
     to = instruction.shapes[0 if instruction.opcode == 'copy-start' else 1]
     return to.bytes * ((operand.memory == 0) + (to.memory == 0))
-  if instruction.opcode == 'fusion':
+  if instruction.opcode in ('fusion', 'fusion-start'):
     fused = module.computations[instruction.called('calls')[0]]
+    results = instruction.shapes
+    if instruction.opcode == 'fusion-start':  # ((operands), results, context)
+      operands = sum(len(shapes) for shapes in inside.operand_shapes(instruction))
+      results = results[operands : operands + len(fused.instructions[fused.root].shapes)]
     read = sum(
       _read_of_parameter(module, fused, fused.parameters[i].name)
       for i, shapes in enumerate(inside.operand_shapes(instruction))
       if any(shape.memory == 0 for shape in shapes)
     )
-    return read + _written(module, fused, fused.root, instruction.shapes)
+    return read + _written(module, fused, fused.root, results)
   if instruction.opcode in _READS_A_PART:
     source = next(inside.operand_shapes(instruction))[0]
     return _in_memory(instruction.shapes) + instruction.bytes * (source.memory == 0)
@@ -277,10 +301,13 @@ def _written(module: Module, fused: Computation, name: str, shapes: tuple[Shape,
   """Bytes that a fusion writes; `shapes` are its results', which say where they lie."""
   root = fused.instructions[name]
   if root.opcode == 'tuple':
-    return sum(
-      _written(module, fused, operand, (shape,))
-      for operand, shape in zip(root.operands, shapes, strict=True)
-    )
+    written, rest = 0, shapes
+    for (
+      operand
+    ) in root.operands:  # One of them may be a tuple itself: a reduction of several arrays.
+      many = len(fused.instructions[operand].shapes)
+      written, rest = written + _written(module, fused, operand, rest[:many]), rest[many:]
+    return written
   if root.opcode == 'bitcast':
     return _written(module, fused, root.operands[0], shapes)
   if root.opcode == 'fusion':
@@ -292,13 +319,15 @@ def _written(module: Module, fused: Computation, name: str, shapes: tuple[Shape,
   return _in_memory(shapes)
 
 
-def collective(visit: Visit, devices: int) -> Collective | None:
+def collective(module: Module, visit: Visit, devices: int) -> Collective | None:
   """The collective that this instruction is, or None; of an asynchronous pair, its start."""
   instruction = visit.instruction
   kind = instruction.opcode.removesuffix('-start')
   if kind not in COLLECTIVES:
     return None
-  shapes = tuple(shape for shapes in visit.inside.operand_shapes(instruction) for shape in shapes)
+  shapes = tuple(
+    shape for name in instruction.operands for shape in _parts(module, visit.inside, name)
+  )
   if kind == 'all-gather':
     shapes = instruction.shapes
     if instruction.opcode.endswith('-start'):
@@ -315,14 +344,33 @@ def collective(visit: Visit, devices: int) -> Collective | None:
   )
 
 
+def _parts(module: Module, inside: Computation, name: str) -> tuple[Shape, ...]:
+  """The arrays that a collective is given; a GPU's compiler lays many end to end and sends them as one."""
+  while inside.instructions[name].opcode == 'bitcast':
+    name = inside.instructions[name].operands[0]
+  instruction = inside.instructions[name]
+  if instruction.opcode == 'fusion':
+    fused = module.computations[instruction.called('calls')[0]]
+    if fused.instructions[fused.root].opcode == 'concatenate':
+      inside, instruction = fused, fused.instructions[fused.root]
+  if instruction.opcode != 'concatenate':
+    return instruction.shapes
+  return tuple(s for operand in instruction.operands for s in _parts(module, inside, operand))
+
+
 def _itemsize(shape: Shape) -> int:
   return dataclasses.replace(shape, dims=(), layout=(), tile=()).bytes
 
 
 def _groups(instruction: Instruction, devices: int) -> tuple[int, int]:
-  """(number of groups, devices in each): of `{{0,1},{2,3}}`, `[2,4]<=[8]` or, where all take part, `{}`."""
+  """(number of groups, devices in each): of `{{0,1},{2,3}}`, `[2,4]<=[8]`, `mesh['a'=2,'b'=4] {'b'}` or, where all take
+  part, `{}`."""
   if instruction.opcode.startswith('collective-permute'):
     return 1, devices
+  if match := re.search(r'replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}', instruction.attributes):
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+    size = math.prod(sizes.get(name, 1) for name in re.findall(r"'(\w+)'", match[2]))
+    return devices // size, size
   text = instruction.attribute('replica_groups')
   if match := re.match(r'\[(\d+),(\d+)\]', text):
     return int(match[1]), int(match[2])

@@ -36,6 +36,7 @@ class Step:
     features: of the backbone; their matrix of second moments is a statistic.
     fsdp: devices over which a parameter is spread.
     view_elements: pixels times channels of one view: an array of as many elements may be an image.
+    at_once: images that a device has in its hands, those of one microbatch.
   """
 
   images: int
@@ -45,6 +46,7 @@ class Step:
   features: int
   fsdp: int
   view_elements: int
+  at_once: int
 
 
 def report(
@@ -64,32 +66,37 @@ def report(
     where not known), and `notes`, sentences on what could not be counted.
   """
   visits, unknown = cost.visits(module)
-  flops, matrix = 0.0, 0.0
+  flops = 0.0
   by_scope = {what: dict.fromkeys((*SCOPES, 'other'), 0.0) for what in ('bytes', 'flops', 'cycles')}
-  collectives, kernels = [], set()
+  collectives, unseen = [], set()
+  kernels: dict[int, list[float]] = {}  # FLOPs and bytes by the kernel's number
+  of_float32 = chip.passes if chip else (1, 3, 6)
   for visit in visits:
     scope = cost.scope_of(visit.op_name, SCOPES) or 'other'
+    kernel = kernels.setdefault(visit.kernel, [0.0, 0.0])
     if product := visit.times * cost.flops(visit):
       flops += product
-      matrix += product * cost.passes(visit)
+      kernel[0] += product * cost.passes(visit, of_float32)
       by_scope['flops'][scope] += product
-    by_scope['bytes'][scope] += visit.times * cost.moved_bytes(module, visit)
+    moved = visit.times * cost.moved_bytes(module, visit)
+    kernel[1] += moved
+    by_scope['bytes'][scope] += moved
     by_scope['cycles'][scope] += visit.times * cost.cycles(visit)
-    if (found := cost.collective(visit, devices)) is not None:
+    if (found := cost.collective(module, visit, devices)) is not None:
       collectives.append(found)
     target = visit.instruction.attribute('custom_call_target').strip('"')
     if target.startswith(_KERNELS) and not cost.flops(visit):
-      kernels.add(target)
-  moved, sent = sum(by_scope['bytes'].values()), sum(c.sent for c in collectives)
+      unseen.add(target)
+  matrix, moved = (sum(part) for part in zip(*kernels.values(), strict=True))
+  sent = sum(c.sent for c in collectives)
   cycles = sum(by_scope['cycles'].values())
   model = step.model_flops / devices
   bound = None
   if chip is not None:
-    limits = roofline(
-      chip, matrix_flops=matrix, hbm_bytes=moved, sent_bytes=sent, model_flops=model
-    )
+    limits = roofline(chip, map(tuple, kernels.values()), sent_bytes=sent, model_flops=model)
     bound = dataclasses.asdict(limits) | {
       'seconds': limits.seconds,
+      'serial_mfu': model / chip.peak_flops / limits.serial if limits.serial else None,
       'bound_by': limits.bound_by,
       'images_per_second': step.images / limits.seconds if limits.seconds else None,
     }
@@ -106,7 +113,7 @@ def report(
     'collectives': _summed(collectives, step),
     'roofline': bound,
     'compiler': _compiler(cycles, model, chip),
-    'notes': _notes(unknown, kernels),
+    'notes': _notes(unknown, unseen),
   }
 
 
@@ -181,8 +188,9 @@ def purpose(collective: cost.Collective, step: Step) -> str:
 
   Returns:
     'parameters': each has a parameter's size (or of one layer of a stack, or one device's share): gradients, or
-    parameters that fsdp gathers; 'statistics': smaller than a view's pixels, or second moments of features; 'images':
-    anything else, such as images or features that leave their device.
+    parameters that fsdp gathers; 'statistics': smaller than a view's pixels, second moments of features, or one view's
+    size without an axis that could be the images', so a sum over them; 'images': anything else, such as images or
+    features that leave their device.
   """
   known = set(step.parameter_sizes)
   known |= {size // n for size in step.parameter_sizes for n in step.layers if size % n == 0}
@@ -191,9 +199,17 @@ def purpose(collective: cost.Collective, step: Step) -> str:
   for shape in collective.shapes:
     if shape.elements in known and shape.elements > 1:
       found = 'parameters'
-    elif shape.elements >= step.view_elements and shape.elements != step.features**2:
+    elif shape.elements >= step.view_elements and not (
+      shape.elements == step.features**2 or _summed_view(shape, step)
+    ):
       return 'images'
   return found
+
+
+def _summed_view(shape: hlo.Shape, step: Step) -> bool:
+  """Such as the gradient of a reconstruction's bias, before it is summed over positions too."""
+  axes = any(size % step.at_once == 0 for size in shape.dims)
+  return shape.elements == step.view_elements and not axes
 
 
 def _notes(unknown: Sequence[str], kernels: set[str]) -> list[str]:

@@ -2,10 +2,12 @@
 Waterman and Patterson, "Roofline", CACM 52(4), 2009).
 
 It is a bound and no prediction: it takes the three to overlap perfectly, every product to run at the published peak,
-and leaves out vector arithmetic, transforms and latencies.
+and leaves out vector arithmetic, transforms and latencies. `serial` is nearer to what happens: one kernel after the
+other, each bound by its own products or its own traffic, as GPUs run them.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from folk_jax.compiled.chips import Chip
 
@@ -18,12 +20,14 @@ class Roofline:
     compute: seconds of products at the bfloat16 peak.
     memory: seconds of traffic to and from HBM.
     links: seconds of collectives over ICI.
+    serial: seconds of all kernels, one after the other.
     mfu: the model's own FLOPs at the peak over `seconds`: what utilisation can reach at best, in [0, 1].
   """
 
   compute: float
   memory: float
   links: float
+  serial: float
   mfu: float
 
   @property
@@ -38,20 +42,21 @@ class Roofline:
 
 
 def roofline(
-  chip: Chip, *, matrix_flops: float, hbm_bytes: float, sent_bytes: float, model_flops: float
+  chip: Chip, kernels: Iterable[tuple[float, float]], *, sent_bytes: float, model_flops: float
 ) -> Roofline:
   """The bounds of a step on `chip`.
 
   Args:
     chip: published rates.
-    matrix_flops: executed by a chip, a float32 product counted as often as the matrix unit passes over it.
-    hbm_bytes: read and written by a chip.
+    kernels: of each kernel that a chip runs in a step, or of all runs of it together: FLOPs of its products, a float32
+      product counted as often as the matrix unit passes over it, and bytes read and written.
     sent_bytes: that a chip must send to others.
     model_flops: a chip's share of what the model has to compute.
   """
-  compute = matrix_flops / chip.peak_flops
-  memory = hbm_bytes / chip.hbm_bandwidth
+  times = [(flops / chip.peak_flops, moved / chip.hbm_bandwidth) for flops, moved in kernels]
+  compute, memory = (sum(part) for part in zip(*times, strict=True)) if times else (0.0, 0.0)
+  serial = sum(max(one) for one in times)
   links = sent_bytes / chip.ici_bandwidth
   longest = max(compute, memory, links)
   mfu = model_flops / chip.peak_flops / longest if longest else 0.0
-  return Roofline(compute, memory, links, mfu)
+  return Roofline(compute, memory, links, serial, mfu)

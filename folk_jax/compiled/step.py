@@ -14,7 +14,7 @@ import jax
 import ml_collections
 
 from folk_jax import config as config_lib
-from folk_jax.compiled import analytic, cost, hlo
+from folk_jax.compiled import analytic, cost, hlo, topology
 from folk_jax.compiled import report as report_lib
 from folk_jax.compiled.chips import GIB, Chip
 from folk_jax.compiled.settings import changed, has
@@ -40,6 +40,14 @@ class Target:
   devices: Sequence[Any]
   chip: Chip | None
   memory_limit: float | None
+
+  @property
+  def between(self) -> str:
+    """What is joined by a network: 'slices' of TPUs, 'hosts' of GPUs; '' where it is one."""
+    if self.slices > 1:
+      return 'slices'
+    several = bool(self.topology) and len({device.process_index for device in self.devices}) > 1
+    return 'hosts' if several and self.chip.platform == 'gpu' else ''
 
 
 class OutOfMemory(Exception):
@@ -119,9 +127,9 @@ class Compiler:
       hlo.parse(text), compiled.memory_analysis(), step, len(devices), self.target.chip
     )
     setting = self.setting(config) | {'parameters': parameters}
-    if self.target.slices > 1:
+    if between := self.target.between:
       found['notes'].append(
-        "collectives between slices run over the network, which the bound doesn't know"
+        f"collectives between {between} run over the network, which the bound doesn't know"
       )
     return {'fits': True, 'setting': setting, 'seconds': seconds} | found, text
 
@@ -143,7 +151,7 @@ class Compiler:
       'model': config.model.to_dict(),
       'dtype': config.model.dtype,
       'remat': config.model.remat if 'remat' in config.model else 'none',
-      'versions': _versions(),
+      'versions': _versions(self.target.topology),
     }
 
   def expected(self, config: ml_collections.ConfigDict) -> tuple[Any, int]:
@@ -166,6 +174,7 @@ class Compiler:
       features=made.objective.parts.backbone.features,
       fsdp=config.mesh.fsdp,
       view_elements=3 * config.image_size**2,
+      at_once=config.batch_size // len(self.target.devices) // config.accumulate,
     )
     return step, sum(sizes)
 
@@ -183,7 +192,8 @@ def _abstract_state(made: run.Run) -> Any:
 
 def for_target(config: ml_collections.ConfigDict, target: Target) -> ml_collections.ConfigDict:
   """`config` with what 'auto' stands for on the target, and not on the machine that compiles."""
-  return run.for_platform(config, 'tpu' if target.topology else target.devices[0].platform)
+  platform = target.chip.platform if target.topology else target.devices[0].platform
+  return run.for_platform(config, platform)
 
 
 def abstract_batch(config: ml_collections.ConfigDict, where: Any) -> dict[str, Any]:
@@ -232,9 +242,9 @@ def _settings(config: ml_collections.ConfigDict, devices: int) -> str:
   return words
 
 
-def _versions() -> dict[str, str]:
+def _versions(topology_name: str) -> dict[str, str]:
   found = {}
-  for package in ('jax', 'jaxlib', 'libtpu'):
+  for package in ('jax', 'jaxlib', *topology.packages(topology_name)):
     try:
       found[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -6,7 +6,7 @@ from typing import Any
 
 from folk_jax.compiled.chips import GIB
 
-_BOUNDS = {'compute': 'products at the peak', 'memory': 'HBM traffic', 'links': 'collectives'}
+_BOUNDS = {'compute': 'products at the peak', 'memory': 'memory traffic', 'links': 'collectives'}
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -103,6 +103,10 @@ def _bounds(result: Mapping[str, Any]) -> Iterator[str]:
     yield (
       f'bound by {_BOUNDS[bound["bound_by"]]}: at least {1e3 * bound["seconds"]:.1f} ms a step, at most '
       f'{bound["images_per_second"]:,.0f} images/s on all chips, MFU {bound["mfu"]:.1%}'
+    )
+    yield (
+      f'one kernel after the other, each at its own bound: {1e3 * bound["serial"]:.1f} ms a step, '
+      f'MFU {bound["serial_mfu"]:.1%}'
     )
   if compiler is not None and compiler['seconds']:
     yield (

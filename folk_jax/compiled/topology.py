@@ -1,15 +1,17 @@
-"""The TPU slices that a program can be compiled for without having one.
+"""The TPU slices and NVIDIA GPUs that a program can be compiled for without having one.
 
-`libtpu`, the package that holds the TPU's compiler, describes a slice's chips as devices that exist on paper: shapes
-can be placed on them and programs compiled, and nothing can run.
+`libtpu`, the package that holds the TPU's compiler, and jax's plugin for CUDA describe chips as devices that exist on
+paper: shapes can be placed on them and programs compiled, and nothing can run.
 """
 
+import importlib.util
 import os
 import re
 from typing import Any
 
 import jax
 
+from folk_jax.compiled import gpus
 from folk_jax.compiled.chips import CHIPS, Chip
 from folk_jax.errors import UserError
 
@@ -26,26 +28,40 @@ ENVIRONMENT = {
 _SIZES = {2: '4x4 (16 chips) or 16x16 (256)', 3: '2x2x4 (16 chips) or 4x4x4 (64)'}
 
 
-def prepare_environment() -> None:
-  """Sets what the compiler for TPUs needs, before jax starts: call it before anything uses a device.
+def prepare_environment(name: str) -> None:
+  """Sets what the compiler for a topology needs, before jax starts: call it before anything uses a device.
 
   Raises:
-    UserError: libtpu isn't installed.
+    UserError: the compiler isn't installed, or as `parse`.
   """
-  try:
-    import libtpu  # noqa: F401
-  except ImportError as error:
-    raise UserError(
-      '--topology needs the compiler for TPUs, the package libtpu, which is not installed: '
-      "pip install -c constraints.txt -e '.[tpu]' (no TPU is needed)"
-    ) from error
-  os.environ.update(ENVIRONMENT)
+  if parse(name)[0].platform == 'gpu':
+    if gpus.cuda() is None:
+      raise _not_installed('NVIDIA GPUs', "jax's plugin for CUDA", 'gpu')
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+  else:
+    if importlib.util.find_spec('libtpu') is None:
+      raise _not_installed('TPUs', 'the package libtpu', 'tpu')
+    os.environ.update(ENVIRONMENT)
   # The environment is read at jax's import, which may have been before.
   jax.config.update('jax_platforms', 'cpu')
 
 
+def _not_installed(what: str, package: str, extra: str) -> UserError:
+  return UserError(
+    f'--topology needs the compiler for {what}, {package}, which is not installed: '
+    f"pip install -c constraints.txt -e '.[{extra}]' (none of them is needed)"
+  )
+
+
+def packages(name: str) -> tuple[str, ...]:
+  """The distributions beside jax whose versions decide what is compiled for a topology; '' is the local devices."""
+  if name and parse(name)[0].platform == 'gpu':
+    return gpus.packages()
+  return ('libtpu',)
+
+
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
-  """The chip and the sizes of a topology such as 'v5e:4x4'.
+  """The chip and the sizes of a topology such as 'v5e:4x4'; of GPUs, 'h200:8' or 'h200:2x8', hosts and GPUs of each.
 
   Raises:
     UserError: a chip that isn't known, or sizes of another form than the chip's slices have.
@@ -57,12 +73,24 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
       f'unknown topology {name!r}: give a chip and the sides of its slice, such as {known}'
     )
   chip = CHIPS[chip_name]
+  if chip.platform == 'gpu':
+    if not re.fullmatch(r'([1-9]\d*x)?[1-9]\d*', sizes):
+      raise UserError(
+        f'topology {name!r}: give the number of GPUs, such as {chip_name}:8, or hosts and GPUs of each, such as '
+        f'{chip_name}:2x8'
+      )
+    return chip, _hosts(sizes)
   if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', sizes) or sizes.count('x') + 1 != chip.axes:
     raise UserError(
       f'topology {name!r}: a slice of {chip.name} has {chip.axes} sides, such as '
       f'{chip.name}:{_SIZES[chip.axes].replace(" or ", f" or {chip.name}:")}'
     )
   return chip, tuple(int(side) for side in sizes.split('x'))
+
+
+def _hosts(sizes: str) -> tuple[int, int]:
+  hosts, _, each = sizes.rpartition('x')
+  return int(hosts or 1), int(each)
 
 
 def devices(name: str, slices: int = 1) -> list[Any]:
@@ -76,6 +104,8 @@ def devices(name: str, slices: int = 1) -> list[Any]:
   from jax.experimental import topologies
 
   chip, sides = parse(name)
+  if chip.platform == 'gpu':
+    return _gpus(name, chip, *sides)
   options: dict[str, Any] = {'num_slices': slices} if slices > 1 else {}
   if chip.name == 'v4':
     options['chip_config_name'] = (
@@ -90,5 +120,19 @@ def devices(name: str, slices: int = 1) -> list[Any]:
       f'the compiler knows no slice {name}: {str(error).partition(": ")[2] or error}. Its hosts have '
       f'{"2x2x1" if chip.axes == 3 else "2x2"} chips, which the sides must be multiples of; try '
       f'{chip.name}:{_SIZES[chip.axes].replace(" or ", f" or {chip.name}:")}'
+    ) from error
+  return list(described.devices)
+
+
+def _gpus(name: str, chip: Chip, hosts: int, each: int) -> list[Any]:
+  from jax.experimental import topologies
+
+  try:
+    described = topologies.get_topology_desc(
+      platform='cuda', target_config=gpus.target(chip), topology=f'1x{hosts}x{each}'
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise UserError(
+      f'the compiler of jax {jax.__version__} for CUDA does not take {name}: {error}; a newer jax may (0.12 does)'
     ) from error
   return list(described.devices)

@@ -20,12 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from folk_jax.errors import UserError
-
 _LANES = 128
 WIDTHS = (64, 128)
-# bfloat16's own is 2**-9 a number; a wrong lane or a missing scale is off by tens of per cent.
-_ROUNDING = 0.03
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -84,52 +80,6 @@ def _backward(heads, interpret, residuals, cotangent_BTD):
 
 
 fused_attention.defvjp(_forward, _backward)
-
-
-def self_check(width: int, heads: int, tokens: int, dtype: str, interpret: bool = False) -> None:
-  """Compares the kernel with plain attention on this very device: seconds, against a run in vain.
-
-  The kernel was compiled for TPUs and interpreted on CPUs; whoever wrote it had no TPU.
-
-  Args:
-    width: D.
-    heads: H.
-    tokens: T.
-    dtype: of the products, 'float32' or 'bfloat16'.
-    interpret: as for `fused_attention`.
-
-  Raises:
-    UserError: values or gradients differ by more than bfloat16's rounding.
-  """
-  keys = jax.random.split(jax.random.key(0), 3)
-  shapes = (2, tokens, 3 * width), (3 * width,), (2, tokens, width)
-  product, bias, cotangent = (
-    jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)
-  )
-
-  def plain(product_BT3D, bias_3D):
-    qkv_BT3D = product_BT3D.astype(jnp.float32) + bias_3D.astype(jnp.float32)
-    query, key, value = qkv_BT3D.reshape(2, tokens, 3, heads, -1).transpose(2, 0, 3, 1, 4)
-    highest = jax.lax.Precision.HIGHEST
-    score_BHTS = jnp.einsum('bhte,bhse->bhts', query, key, precision=highest)
-    weight_BHTS = jax.nn.softmax(score_BHTS * query.shape[-1] ** -0.5)
-    mixed_BHTE = jnp.einsum('bhts,bhse->bhte', weight_BHTS, value, precision=highest)
-    return mixed_BHTE.transpose(0, 2, 1, 3).reshape(2, tokens, width).astype(dtype)
-
-  def both_passes(attention):
-    value, pull = jax.vjp(attention, product, bias)
-    return jax.tree.map(lambda x: x.astype(jnp.float32), (value, *pull(cotangent)))
-
-  found = jax.jit(lambda: both_passes(lambda *args: fused_attention(*args, heads, interpret)))()
-  wanted = jax.jit(lambda: both_passes(plain))()
-  for name, ours, theirs in zip(('values', 'gradients', "bias's"), found, wanted, strict=True):
-    distance = float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
-    if not distance < _ROUNDING:
-      raise UserError(
-        f'the attention kernel fails its check on this {jax.devices()[0].device_kind}: its {name} '
-        f'are off by {distance:.1%}, where {_ROUNDING:.0%} is rounding. Train with '
-        '--config.model.attention=xla, and please report it.'
-      )
 
 
 def fits(width: int, heads: int) -> bool:

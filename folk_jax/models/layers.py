@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from folk_jax.models.fused_attention import fits, fused_attention
-from folk_jax.models.linear import Linear, cast, product
-from folk_jax.signal.shard import in_place, is_even, one_a_device, over_batch
+from folk_jax.models.attention import ATTENTION
+from folk_jax.models.linear import Linear, cast, product, row_major
+from folk_jax.signal.shard import in_place
 
 # timm's and DINO's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations out: this is it.
 normal = nn.initializers.normal(stddev=0.02)
@@ -134,64 +134,6 @@ class Attention(nn.Module):
     return in_place(Linear(width, self.dtype, normal, name='proj')(mixed_BTD))
 
 
-def _attention_by_xla(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.Array:
-  # Heads in front of tokens before both products: left to XLA, the same reordering happens around
-  # each product of both passes (a tenth of the whole step on a CPU). As one product [T, 3D] and not
-  # as three that end in that order: those take a CPU longer.
-  qkv_BT3HE = _by_head(product_BT3D + bias_3D, heads)
-  return _mixed(*qkv_BT3HE.transpose(2, 0, 3, 1, 4))
-
-
-def _attention_by_cudnn(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.Array:
-  qkv_BT3HE = _by_head(product_BT3D + bias_3D, heads)
-  query, key, value = (qkv_BT3HE[:, :, i] for i in range(3))
-  mixed_BTHE = jax.nn.dot_product_attention(query, key, value, implementation='cudnn')
-  return mixed_BTHE.reshape(*product_BT3D.shape[:2], -1)
-
-
-def _attention_by_pallas(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.Array:
-  batch, _, packed = product_BT3D.shape
-  # The one image that parameters are initialised with; and decoders, whose heads may be narrower than
-  # the backbone's, which `ViT.check` looks at.
-  if not is_even(batch) or not fits(packed // 3, heads):
-    return _attention_by_xla(product_BT3D, bias_3D, heads)
-
-  def by_image(product_BT3D, bias_3D):
-    bias_3D = one_a_device(bias_3D, product_BT3D)
-    return jax.lax.platform_dependent(
-      product_BT3D,
-      bias_3D,
-      tpu=lambda product_BT3D, bias_3D: fused_attention(product_BT3D, bias_3D, heads),
-      default=lambda product_BT3D, bias_3D: _attention_by_xla(product_BT3D, bias_3D, heads),
-    )
-
-  return over_batch(by_image, product_BT3D, replicated=(bias_3D,))
-
-
-def _by_head(qkv_BT3D: jax.Array, heads: int) -> jax.Array:
-  batch, tokens, packed = qkv_BT3D.shape
-  return qkv_BT3D.reshape(batch, tokens, 3, heads, packed // (3 * heads))
-
-
-def _mixed(query_BHTE: jax.Array, key_BHSE: jax.Array, value_BHSE: jax.Array) -> jax.Array:
-  """What each token's weights make of the values, heads side by side: [B, T, D]."""
-  batch, heads, tokens, channels = query_BHTE.shape
-  score_BHTS = jnp.einsum(
-    'bhte,bhse->bhts', query_BHTE * channels**-0.5, key_BHSE, preferred_element_type=jnp.float32
-  )
-  weight_BHTS = jax.nn.softmax(score_BHTS).astype(value_BHSE.dtype)
-  mixed_BHTE = jnp.einsum('bhts,bhse->bhte', weight_BHTS, value_BHSE)
-  return mixed_BHTE.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * channels)
-
-
-# 'pallas' is the TPU's kernel, and on other back-ends the same as 'xla'.
-ATTENTION = {
-  'xla': _attention_by_xla,
-  'cudnn': _attention_by_cudnn,
-  'pallas': _attention_by_pallas,
-}
-
-
 class Mlp(nn.Module):
   """Linear, exact GELU, linear."""
 
@@ -231,6 +173,7 @@ class Block(nn.Module):
     self, tokens_BTD: jax.Array, scale_2B: jax.Array | None
   ) -> tuple[jax.Array, jax.Array | None]:
     s = self.settings
+    tokens_BTD = row_major(tokens_BTD)
     branches = (
       ('norm1', Attention(s.heads, s.dtype, s.attention, name='attn'), 'ls1'),
       ('norm2', Mlp(s.hidden, s.dtype, name='mlp'), 'ls2'),
@@ -241,7 +184,7 @@ class Block(nn.Module):
         update_BTD = LayerScale(s.layer_scale, name=gain)(update_BTD)
       if scale_2B is not None:
         update_BTD = update_BTD * scale_2B[branch][:, None, None].astype(update_BTD.dtype)
-      tokens_BTD = tokens_BTD + update_BTD.astype(jnp.float32)
+      tokens_BTD = row_major(tokens_BTD + update_BTD.astype(jnp.float32))
     return tokens_BTD, tokens_BTD if self.collect else None
 
 

@@ -111,8 +111,8 @@ class ViT(nn.Module):
       outputs stay float32.
     remat: what the backward pass recomputes: 'none', 'elementwise' (all but the products with
       weights: norms, GELU and attention) or 'block' (all but each block's input).
-    attention: 'xla'; 'cudnn' for the fused kernel of NVIDIA GPUs (bfloat16 only); or 'pallas' for
-      ours of TPUs (heads of 64 or 128 channels), which elsewhere is 'xla'.
+    attention: 'xla'; 'cudnn' for the fused kernel of NVIDIA GPUs (in bfloat16); or 'pallas' for
+      ours of TPUs (heads of 64 or 128 channels). Elsewhere both are 'xla'.
     scan_unroll: blocks per iteration of the scan over layers, at least 1; `depth` leaves no loop.
 
   Raises:

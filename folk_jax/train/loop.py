@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from folk_jax import checkpoint, data, distributed
 from folk_jax import config as config_lib
 from folk_jax.errors import UserError
-from folk_jax.models import fused_attention
+from folk_jax.models import attention
 from folk_jax.report import at_end
 from folk_jax.train import initial, metrics, sharding
 from folk_jax.train import workdir as workdir_lib
@@ -147,11 +147,13 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def _check_kernel(run: Run) -> None:
   backbone = run.objective.parts.backbone
-  if getattr(backbone, 'attention', '') == 'pallas' and jax.default_backend() == 'tpu':
+  kernels = {'tpu': 'pallas', 'gpu': 'cudnn'}
+  name = getattr(backbone, 'attention', '')
+  if name and name == kernels.get(jax.default_backend()):
     tokens = 1 + backbone.grid[0] * backbone.grid[1]
     # On one device, whatever mesh an evaluation has set: XLA can't cut a kernel.
     with jax.set_mesh(sharding.make_mesh(1, jax.local_devices()[:1])):
-      fused_attention.self_check(backbone.width, backbone.heads, tokens, backbone.dtype)
+      attention.self_check(name, backbone.width, backbone.heads, tokens, backbone.dtype)
 
 
 def judged(config: ml_collections.ConfigDict, workdir: str, best: bool = False) -> dict[str, float]:

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from folk_jax import data, models
-from folk_jax.models import fused_attention
+from folk_jax.models import attention, fused_attention
 from folk_jax.objectives import LocalViews, Objective, Parts, make_objective
 from folk_jax.objectives.base import with_statistics
 from folk_jax.signal.augment import Augmentation
@@ -119,7 +119,7 @@ def spectral_backend(name: str) -> str:
 # What 'auto' stands for, by platform.
 _AUTO = {
   'model.dtype': {'tpu': 'bfloat16', 'gpu': 'bfloat16', 'cpu': 'float32'},
-  'model.attention': {'tpu': 'pallas', 'gpu': 'xla', 'cpu': 'xla'},
+  'model.attention': {'tpu': 'pallas', 'gpu': 'cudnn', 'cpu': 'xla'},
   'spectral_backend': {'tpu': 'matmul', 'gpu': 'fft', 'cpu': 'fft'},
 }
 
@@ -145,19 +145,25 @@ def for_platform(config: ml_collections.ConfigDict, platform: str) -> ml_collect
 
 
 def _attention(model: Mapping[str, Any], platform: str = '') -> str:
-  """'auto' is the kernel on TPUs, where it takes heads of that width, and 'xla' elsewhere."""
+  """'auto' is the kernel of TPUs or of NVIDIA's GPUs, where it takes these heads and products, and 'xla' elsewhere."""
   name = _chosen('model.attention', model['attention'], platform)
-  taken = model['attention'] != 'auto' or fused_attention.fits(model['width'], model['heads'])
+  if model['attention'] != 'auto':
+    return name
+  if name == 'cudnn':
+    dtype = _chosen('model.dtype', model['dtype'], platform)
+    taken = attention.takes_cudnn(dtype, model['width'] // model['heads'])
+  else:
+    taken = fused_attention.fits(model['width'], model['heads'])
   return name if taken else 'xla'
 
 
 def _scan_unroll(model: Mapping[str, Any], platform: str = '') -> int:
-  """0 is all blocks on TPUs and 1 elsewhere.
+  """0 is 1 on CPUs and all blocks elsewhere.
 
-  A TPU copies what a turn of a loop keeps for the backward pass into arrays of all layers, and out again: without the
-  loop FOLK's ViT-B moves fewer bytes and needs less memory (docs/performance.md). GPUs haven't been measured.
+  TPUs and GPUs copy what a turn of a loop keeps for the backward pass into arrays of all layers, and out again: without
+  the loop FOLK's ViT-B moves fewer bytes and needs less memory (docs/performance.md).
   """
-  everything = model['depth'] if (platform or jax.default_backend()) == 'tpu' else 1
+  everything = 1 if (platform or jax.default_backend()) == 'cpu' else model['depth']
   return model['scan_unroll'] or everything
 
 

@@ -239,14 +239,100 @@ replica_groups={}, to_apply=%add, metadata={op_name="jit(step)/transpose(jvp(stu
   ],
 )
 def test_collectives(name, kind, size, groups, group, sent):
-  found = cost.collective(entry_visits(COLLECTIVES)[name], devices=8)
+  found = cost.collective(hlo.parse(COLLECTIVES), entry_visits(COLLECTIVES)[name], devices=8)
   assert (found.kind, found.bytes, found.groups, found.group) == (kind, size, groups, group)
   assert found.sent == pytest.approx(sent)
 
 
 def test_other_instructions_are_no_collectives():
-  visits = entry_visits(COLLECTIVES)
-  assert cost.collective(visits['done'], 8) is None and cost.collective(visits['r'], 8) is None
+  module, visits = hlo.parse(COLLECTIVES), entry_visits(COLLECTIVES)
+  assert all(cost.collective(module, visits[name], 8) is None for name in ('done', 'r'))
+
+
+# As the compiler for NVIDIA GPUs writes: gradients end to end in one all-reduce, copies beside kernels, cuDNN's kernel.
+OF_A_GPU = """
+%joined (a: f32[6,4], b: bf16[5]) -> f32[29] {
+  %a = f32[6,4]{1,0} parameter(0)
+  %flat = f32[24]{0} bitcast(%a)
+  %b = bf16[5]{0} parameter(1)
+  %wide = f32[5]{0} convert(%b)
+  ROOT %end_to_end = f32[29]{0} concatenate(%flat, %wide), dimensions={0}
+}
+
+%stored (all: f32[12,8,4], n: s32[], one: f32[8,4]) -> f32[12,8,4] {
+  %all = f32[12,8,4]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %one = f32[8,4]{1,0} parameter(2)
+  %row = f32[1,8,4]{2,1,0} bitcast(%one)
+  %zero = s32[] constant(0)
+  ROOT %in_place = f32[12,8,4]{2,1,0} dynamic-update-slice(%all, %row, %n, %zero, %zero)
+}
+
+%reduced (x: f32[16,8]) -> (f32[16,8], (f32[16], s32[16])) {
+  %x = f32[16,8]{1,0} parameter(0)
+  %twice = f32[16,8]{1,0} add(%x, %x)
+  %at = s32[16,8]{1,0} iota(), iota_dimension=1
+  %nought = f32[] constant(0)
+  %none = s32[] constant(0)
+  %both = (f32[16]{0}, s32[16]{0}) reduce(%twice, %at, %nought, %none), dimensions={1}, to_apply=%larger
+  ROOT %out = (f32[16,8]{1,0}, (f32[16]{0}, s32[16]{0})) tuple(%twice, %both)
+}
+
+ENTRY %main (a: f32[6,4], b: bf16[5]) -> f32[29] {
+  %a = f32[6,4]{1,0} parameter(0)
+  %b = bf16[5]{0} parameter(1)
+  %all = f32[12,8,4]{2,1,0} parameter(2)
+  %n = s32[] parameter(3)
+  %one = f32[8,4]{1,0} parameter(4)
+  %x = f32[16,8]{1,0} parameter(5)
+  %q = bf16[2,64,3,4]{3,2,1,0} parameter(6)
+  %gradients = f32[29]{0} fusion(%a, %b), kind=kLoop, calls=%joined
+  %sum = ((f32[29]{0}), f32[29]{0}) all-reduce-start(%gradients), \
+replica_groups=mesh['data'=2,'fsdp'=4] {'data'}, to_apply=%add
+  %sent = f32[29]{0} all-reduce-done(%sum)
+  %store = ((f32[12,8,4]{2,1,0}, s32[], f32[8,4]{1,0}), f32[12,8,4]{2,1,0}, u32[]) fusion-start(%all, %n, %one), \
+kind=kLoop, calls=%stored
+  %kept = f32[12,8,4]{2,1,0} fusion-done(%store)
+  %pair = (f32[16,8]{1,0}, f32[16]{0}, s32[16]{0}) fusion(%x), kind=kInput, calls=%reduced
+  %mixed = (bf16[2,3,64,4]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", \
+backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["2", "3", "64", "64"]}}}
+  %pulled = (bf16[2,3,64,4]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmaxBackward", \
+backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["2", "3", "64", "64"]}}}
+  ROOT %r = f32[29]{0} negate(%sent)
+}
+"""
+
+
+def test_what_a_gpu_sends_end_to_end_is_told_apart():
+  found = cost.collective(hlo.parse(OF_A_GPU), entry_visits(OF_A_GPU)['sum'], 8)
+  assert [shape.dims for shape in found.shapes] == [(6, 4), (5,)]
+  assert (found.kind, found.bytes, found.groups, found.group) == ('all-reduce', 29 * 4, 4, 2)
+
+
+def test_what_a_gpu_stores_beside_its_kernels():
+  # The row is read and written in place, and the number of the layer read; waiting for it moves nothing.
+  assert moved(OF_A_GPU, 'store') == 2 * 8 * 4 * 4 + 4 and moved(OF_A_GPU, 'kept') == 0
+  assert not any(
+    v.fused for v in cost.visits(hlo.parse(OF_A_GPU))[0] if v.instruction.name == 'store'
+  )
+
+
+def test_a_reduction_of_two_arrays_beside_a_third():
+  assert moved(OF_A_GPU, 'pair') == 2 * 16 * 8 * 4 + 16 * 4 + 16 * 4
+
+
+def test_cudnns_attention_is_two_products_and_five():
+  visits = entry_visits(OF_A_GPU)
+  product = 2 * 2 * 3 * 64 * 64 * 4  # images, heads, queries, keys, channels
+  assert cost.flops(visits['mixed']) == 2 * product
+  assert cost.flops(visits['pulled']) == 5 * product
+
+
+def test_a_fusion_and_what_is_inside_are_one_kernel():
+  visits = entry_visits(OF_A_GPU)
+  assert visits['gradients'].kernel == visits['wide'].kernel == visits['end_to_end'].kernel
+  assert len({visits[name].kernel for name in ('gradients', 'sum', 'store', 'pair', 'mixed')}) == 5
 
 
 def test_real_collectives_on_eight_devices(run_with_devices):
@@ -261,8 +347,9 @@ def test_real_collectives_on_eight_devices(run_with_devices):
     at = lambda *spec: NamedSharding(mesh, P(*spec))
     step = jax.jit(jax.grad(loss), in_shardings=(at(), at('data')), out_shardings=at())
     shapes = (jnp.zeros((3, 16, 16)), jnp.zeros((32, 16)))
-    visits, unknown = cost.visits(hlo.parse(step.lower(*shapes).compile().as_text()))
-    found = [c for v in visits if (c := cost.collective(v, 8)) is not None]
+    module = hlo.parse(step.lower(*shapes).compile().as_text())
+    visits, unknown = cost.visits(module)
+    found = [c for v in visits if (c := cost.collective(module, v, 8)) is not None]
     print(json.dumps([[c.kind, c.times * c.bytes, c.group, c.groups] for c in found]))
   """
   found = json.loads(run_with_devices(code).splitlines()[-1])

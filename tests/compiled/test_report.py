@@ -18,6 +18,7 @@ STEP = report.Step(
   features=64,
   fsdp=4,
   view_elements=3 * 32 * 32,
+  at_once=8,
 )
 MEMORY = types.SimpleNamespace(
   argument_size_in_bytes=3 * GIB,
@@ -44,6 +45,11 @@ def collective(*dims, kind='all-reduce'):
     (((64, 64),), 'statistics'),  # second moments, though a view has only 3072 numbers
     (((64, 32, 32, 3),), 'images'),
     (((768,), (4001,)), 'images'),  # one odd array among gradients
+    (
+      ((4, 12, 4, 4, 4),),
+      'statistics',
+    ),  # a view's 3072 numbers, and no axis that could be 8 images
+    (((8, 6, 2, 32),), 'images'),
   ],
 )
 def test_purposes_of_collectives(dims, purpose):
@@ -145,7 +151,7 @@ def test_the_text_says_what_the_report_holds(module):
   text = table.render(result)
   for words in ('configs/a.py on v5e:4x4: 16 x TPU v5 lite', '8.50 GiB  53% of 16 GiB'):
     assert words in text
-  assert 'no collectives' in text and 'bound by HBM traffic' in text and 'filter' in text
+  assert 'no collectives' in text and 'bound by memory traffic' in text and 'filter' in text
   assert "1.00 times the model's own" in text and 'compiled in 120 s' in text
   result['roofline'] = None
   assert 'no bound' in table.render(result)

@@ -9,8 +9,7 @@ import pytest
 
 from folk_jax import models
 from folk_jax.errors import UserError
-from folk_jax.models import fused_attention as module
-from folk_jax.models.fused_attention import fits, fused_attention, self_check
+from folk_jax.models.fused_attention import fits, fused_attention
 
 
 def plain(product_BT3D, bias_3D, heads):
@@ -92,20 +91,3 @@ def test_widths_that_do_not_fill_the_lanes_are_refused():
     models.make_backbone('vit', 32, width=192, depth=1, heads=3, patch=8, attention='pallas')
   with pytest.raises(ValueError, match='3 heads of 576 / 3'):
     fused_attention(jnp.ones((1, 4, 576)), jnp.ones(576), 3)
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_self_check_passes_where_the_kernel_is_right(dtype):
-  self_check(128, 2, 17, dtype, interpret=True)
-
-
-def test_self_check_sees_a_kernel_that_is_wrong(monkeypatch):
-  """A softmax over scores of the wrong scale, and a head's neighbour in its lanes."""
-  right = module._softmax
-  monkeypatch.setattr(module, '_softmax', lambda score_TS: right(0.8 * score_TS))
-  with pytest.raises(UserError, match='fails its check.*model.attention=xla'):
-    self_check(128, 2, 17, 'float32', interpret=True)
-  monkeypatch.setattr(module, '_softmax', right)
-  monkeypatch.setattr(module, '_heads_of', lambda x, channels: [jnp.ones(x.shape, bool)] * 2)
-  with pytest.raises(UserError, match='fails its check'):
-    self_check(128, 2, 17, 'float32', interpret=True)
