@@ -13,6 +13,7 @@ import numpy as np
 from folk_jax import errors
 from folk_jax.models import layers as layers_lib
 from folk_jax.models.linear import Linear
+from folk_jax.models.norm import LayerNorm
 
 _LONGEST_PERIOD = 10_000.0
 
@@ -133,7 +134,7 @@ class MaskedDecoder(nn.Module):
       settings, self.depth, collect=False, remat=self.remat, unroll=self.scan_unroll
     )
     tokens_MTE, _ = blocks(tokens_MTE, None)
-    tokens_MTE = layers_lib.layer_norm('norm')(tokens_MTE)[:, 1:]
+    tokens_MTE = LayerNorm(name='norm')(tokens_MTE)[:, 1:]
     tokens_NLTE = tokens_MTE.reshape(n, levels, count, self.width)
     return tuple(
       self._linear(values, f'head_{level}')(tokens_NLTE[:, level]).astype(jnp.float32)

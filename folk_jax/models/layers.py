@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from folk_jax.models.attention import ATTENTION
 from folk_jax.models.linear import Linear, cast, product, row_major
+from folk_jax.models.norm import LayerNorm
 from folk_jax.signal.shard import in_place
 
 # timm's and DINO's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations out: this is it.
@@ -22,8 +23,6 @@ normal = nn.initializers.normal(stddev=0.02)
 torch_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 # MAE's, for linear layers.
 xavier = nn.initializers.xavier_uniform()
-
-LAYER_NORM_EPSILON = 1e-6
 
 # What the backward pass recomputes. Keeping the products with weights alone leaves a third of the
 # memory and, since a CPU is short of bandwidth, is faster there than keeping everything.
@@ -56,14 +55,6 @@ def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 gelu.defvjp(_gelu_and_slope, lambda slope, cotangent: (cotangent * slope,))
-
-
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
-  """LayerNorm with timm's epsilon; statistics and result in float32."""
-  # Two passes over the features, as torch: E[x^2] - E[x]^2 cancels on tokens with a large mean.
-  return nn.LayerNorm(
-    epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name
-  )
 
 
 def drop_path_scales(sample_keys: jax.Array, depth: int, rate: float) -> jax.Array:
@@ -179,7 +170,7 @@ class Block(nn.Module):
       ('norm2', Mlp(s.hidden, s.dtype, name='mlp'), 'ls2'),
     )
     for branch, (norm, body, gain) in enumerate(branches):
-      update_BTD = body(layer_norm(norm)(tokens_BTD).astype(s.dtype))
+      update_BTD = body(LayerNorm(name=norm)(tokens_BTD).astype(s.dtype))
       if s.layer_scale is not None:
         update_BTD = LayerScale(s.layer_scale, name=gain)(update_BTD)
       if scale_2B is not None:

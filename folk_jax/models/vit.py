@@ -18,6 +18,7 @@ from folk_jax import errors
 from folk_jax.models import fused_attention
 from folk_jax.models import layers as layers_lib
 from folk_jax.models.linear import cast
+from folk_jax.models.norm import LayerNorm
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -265,7 +266,7 @@ class ViT(nn.Module):
     )
     tokens_NTD, outputs_LNTD = blocks(tokens_NTD, scales_L2N)
 
-    norm = layers_lib.layer_norm('norm')
+    norm = LayerNorm(name='norm')
 
     def split(x_NTD):
       return x_NTD[:, 0], x_NTD[:, 1:].reshape(n, *grid, self.width)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from folk_jax.errors import UserError
 from folk_jax.models import BackboneOutput
 from folk_jax.models.features import FEATURES, feature
-from folk_jax.models.layers import LAYER_NORM_EPSILON
+from folk_jax.models.norm import LAYER_NORM_EPSILON
 from folk_jax.objectives import statistics
 from folk_jax.objectives.base import (
   Batch,

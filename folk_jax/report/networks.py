@@ -16,7 +16,7 @@ import numpy as np
 
 from folk_jax import models
 from folk_jax.models import features
-from folk_jax.models.layers import LAYER_NORM_EPSILON
+from folk_jax.models.norm import LAYER_NORM_EPSILON
 from folk_jax.signal.augment import normalise
 
 # A map of fewer positions a side shows nothing: an earlier stage of a ResNet then takes the last one's place.
