@@ -80,7 +80,7 @@ step() {
 
 # The attention, remat and unrolling of the fastest row that step.py has found for a model.
 best() {
-  "$python" - "$out/step_gpu_$1.json" <<'PYTHON' 2>/dev/null || echo 'auto none 1'
+  "$python" - "$out/step_gpu_$1.json" <<'PYTHON' 2>/dev/null || echo 'auto none 0'
 import json, sys
 rows = json.load(open(sys.argv[1]))['rows']
 row = max(rows, key=lambda row: row['images_per_second'])
@@ -90,7 +90,7 @@ PYTHON
 
 # beside MODEL BATCH: our step and the peer's, by turns.
 beside() {
-  local attention=auto remat=none unroll=1
+  local attention=auto remat=none unroll=0
   $dry_run || read -r attention remat unroll < <(best "$1")
   run "$1 at batch $2" "$python" "$bench/peer.py" --peer="$peer" --device=cuda --model="$1" \
     --batch="$2" --dtype=bf16 --rounds=2 --steps=20 --warmup=5 --attention="$attention" \
@@ -98,15 +98,15 @@ beside() {
 }
 
 run 'the check of the eager peer' "$python" "$peer" --check --no-compile --device=cuda
-step vit_b 128,256 xla:none,cudnn:none,cudnn:none:12,cudnn:elementwise
+step vit_b 128,256 cudnn:none:12,cudnn:none,xla:none:12,cudnn:elementwise:12
 beside vit_b 128
 beside vit_b 256
-step vit_s 256,512 xla:none,cudnn:none,cudnn:none:12,cudnn:elementwise
+step vit_s 256,512 cudnn:none:12,cudnn:none,xla:none:12,cudnn:elementwise:12
 beside vit_s 256
 beside vit_s 512
 run attention "$python" "$bench/attention.py" --out="$out/attention_gpu.json"
 run filter "$python" "$bench/filter.py" --batch=256 --out="$out/filter_gpu.json"
-step vit_l 64,128 cudnn:none,cudnn:none:24,cudnn:elementwise
+step vit_l 64,128 cudnn:none:24,cudnn:none,cudnn:elementwise:24
 beside vit_l 64
 beside vit_l 128
 beside vit_b 64

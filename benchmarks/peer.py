@@ -97,7 +97,10 @@ def parse() -> argparse.Namespace:
     help='of our step (default auto, as the recipes)',
   )
   add(
-    '--scan-unroll', type=int, default=1, help='blocks a turn of our loop over layers (default 1)'
+    '--scan-unroll',
+    type=int,
+    default=0,
+    help='blocks a turn of our loop over layers (default 0: as the recipes, on CPUs 1, else all)',
   )
   add(
     '--quick', action='store_true', help='a ViT-Ti at 64 px, one short round: does it run at all?'

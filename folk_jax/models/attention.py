@@ -86,8 +86,13 @@ ATTENTION = {'xla': _by_xla, 'cudnn': _by_cudnn, 'pallas': _by_pallas}
 
 
 def takes_cudnn(dtype: str, channels: int) -> bool:
-  """Whether cuDNN's kernel takes products of that dtype and heads of so many channels (on every GPU since Ampere)."""
+  """Whether cuDNN's kernel takes products of that dtype and heads of so many channels."""
   return dtype in _CUDNN_DTYPES and channels <= 128 and channels % 8 == 0
+
+
+def is_too_old(device: jax.Device) -> bool:
+  """Whether a GPU is of a generation before Ampere, whose attention cuDNN has no kernel for."""
+  return getattr(device, 'compute_capability', '8.0').partition('.')[0] in ('3', '5', '6', '7')
 
 
 def _has_cudnn() -> bool:

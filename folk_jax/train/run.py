@@ -152,6 +152,7 @@ def _attention(model: Mapping[str, Any], platform: str = '') -> str:
   if name == 'cudnn':
     dtype = _chosen('model.dtype', model['dtype'], platform)
     taken = attention.takes_cudnn(dtype, model['width'] // model['heads'])
+    taken &= bool(platform) or not attention.is_too_old(jax.devices()[0])
   else:
     taken = fused_attention.fits(model['width'], model['heads'])
   return name if taken else 'xla'

@@ -1,5 +1,7 @@
 """Every implementation against equation 1 of arXiv 1706.03762; what each takes; and the check on the device itself."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,14 @@ def test_what_cudnn_takes():
   assert attention.takes_cudnn('bfloat16', 64) and attention.takes_cudnn('bfloat16', 128)
   assert not attention.takes_cudnn('float32', 64)
   assert not attention.takes_cudnn('bfloat16', 256) and not attention.takes_cudnn('bfloat16', 12)
+
+
+@pytest.mark.parametrize(
+  ('capability', 'old'), [('7.5', True), ('8.0', False), ('9.0', False), ('10.0', False)]
+)
+def test_gpus_before_ampere_are_too_old(capability, old):
+  assert attention.is_too_old(types.SimpleNamespace(compute_capability=capability)) == old
+  assert not attention.is_too_old(jax.devices()[0])  # which has none
 
 
 @pytest.mark.skipif(
