@@ -234,7 +234,6 @@ def test_a_tpus_compiler_compiles_the_step(tmp_path):
   reason="the compiler for NVIDIA GPUs is not installed: pip install -c constraints.txt -e '.[gpu]'",
 )
 def test_a_gpus_compiler_compiles_the_step(tmp_path):
-  """On Python 3.12 and later: the plugin of jax 0.10 does not compile cuDNN's attention without a GPU."""
   report = tmp_path / 'report.json'
   args = (*TINY_ARGS, '--config.model.heads=3', '--config.model.dtype=bfloat16')
   done = run(SMOKE, *args, '--topology=h200:2', f'--json={report}', '--text=/dev/null')
