@@ -10,7 +10,8 @@ from folk_jax.train import run
   'recipe, platform, chosen',
   [
     ('vit_b', 'tpu', ('bfloat16', 'matmul', 'pallas', 12)),
-    ('vit_b', 'gpu', ('bfloat16', 'fft', 'xla', 1)),
+    ('vit_b', 'gpu', ('bfloat16', 'fft', 'cudnn', 12)),
+    ('quickstart', 'gpu', ('bfloat16', 'fft', 'cudnn', 3)),
     ('vit_b', 'cpu', ('float32', 'fft', 'xla', 1)),
     ('quickstart', 'tpu', ('bfloat16', 'matmul', 'xla', 3)),  # Heads of 32 channels: no kernel.
   ],
@@ -34,6 +35,14 @@ def test_what_is_asked_for_stays():
     'fft',
     'cudnn',
   )
+
+
+def test_what_cudnn_does_not_take_is_xlas_on_a_gpu():
+  config = load_recipe('configs/vit_b.py', None)
+  config.model.dtype = 'float32'
+  assert run.for_platform(config, 'gpu').model.attention == 'xla'
+  config.model.dtype, config.model.heads = 'auto', 3  # heads of 256 channels
+  assert run.for_platform(config, 'gpu').model.attention == 'xla'
 
 
 def test_a_resnet_has_no_attention():
