@@ -128,7 +128,16 @@ def _target(name: str, slices: int, memory_gib: float | None) -> 'step_lib.Targe
 
 def _lent(chip: chips.Chip) -> float:
   """Bytes of a GPU that jax takes when it starts, and programs have no more; a TPU's compiler knows its own."""
-  return chip.hbm_bytes * float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', _GPU_FRACTION))
+  # The second name is the older one.
+  names = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
+  name = next((name for name in names if os.environ.get(name)), '')
+  text = os.environ.get(name, str(_GPU_FRACTION))
+  try:
+    return chip.hbm_bytes * float(text)
+  except ValueError as error:
+    raise UserError(
+      f'{name} is {text!r} in the environment: expected a share such as 0.9'
+    ) from error
 
 
 def find_batch(
@@ -169,7 +178,9 @@ def what_fits(
 ) -> Iterator[dict[str, Any]]:
   """Settings near `config` that fit, tried from the least to the greatest change, until `wanted` do."""
   found = 0
-  for change in settings.alternatives(config, len(compiler.target.devices), compiler.target.slices):
+  for change in settings.alternatives(
+    config, len(compiler.target.devices), compiler.target.islands
+  ):
     if found == wanted:
       return
     bytes_taken = compiler.fits(settings.changed(config, change))

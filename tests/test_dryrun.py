@@ -107,7 +107,8 @@ class Pretended:
   SAVES = {'none': 1, 'elementwise': 2, 'block': 4}
 
   def __init__(self, limit: float, an_image: float = 1.0, topology: str = 'v5e:4x4'):
-    self.target = step.Target(topology, 1, [None] * 16, None, None)
+    chip = chips.CHIPS['v5e'] if topology else None
+    self.target = step.Target(topology, 1, [None] * 16, chip, None)
     self.limit, self.an_image, self.tried = limit, an_image, []
 
   def fits(self, config):
@@ -207,6 +208,38 @@ def test_a_topologys_auto_is_the_chips():
   config.model.dtype = 'auto'
   local = step.Target('', 1, jax.devices(), None, None)
   assert step.for_target(config, local).model.dtype == 'float32'  # on a CPU
+
+
+def test_an_old_gpu_at_hand_keeps_xlas_attention(monkeypatch):
+  """A T4's step is what a run there would compile."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(step.run.attention, 'is_too_old', lambda device: True)
+  config = config_lib.load_recipe('configs/vit_b.py')
+  found = step.for_target(config, step.Target('', 1, jax.devices(), None, None))
+  assert found.model.attention == 'xla' and found.model.dtype == 'bfloat16'
+
+
+def test_what_a_gpu_lends_is_the_environments_share(monkeypatch):
+  chip = chips.CHIPS['h200']
+  for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
+    monkeypatch.delenv(name, raising=False)
+  assert dryrun._lent(chip) == 0.75 * chip.hbm_bytes
+  monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.5')
+  assert dryrun._lent(chip) == 0.5 * chip.hbm_bytes
+  monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '0.9')
+  assert dryrun._lent(chip) == 0.9 * chip.hbm_bytes
+  monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', 'all')
+  with pytest.raises(UserError, match="XLA_CLIENT_MEM_FRACTION is 'all'.*0.9"):
+    dryrun._lent(chip)
+
+
+def test_fsdp_stays_inside_a_host_of_gpus():
+  config = config_lib.load_recipe('configs/vit_b.py')
+  config.batch_size, config.mesh.fsdp = 64, 16
+  target = step.Target('h100:2x8', 1, [None] * 16, chips.CHIPS['h100'], None)
+  assert target.islands == 2
+  with pytest.raises(UserError, match='mesh.fsdp is 16 and a slice, or a host of GPUs, has 8'):
+    step.Compiler('', target, 256, 0).compile(config)
 
 
 @pytest.mark.slow

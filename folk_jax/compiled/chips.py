@@ -28,9 +28,9 @@ NVIDIA's data sheets "A100 80GB", "H100", "H200", "HGX B200" and its white paper
 | b200 (HGX) | 2250 | 75 | 180 | 7700 | 900 (NVLink 5) |
 | rtx4090 | 165 | 82.6 | 24 | 1008 | 32 (PCI Express 4.0 x16) |
 
-A GPU's peak is at its boost clock, which no power limit lets it keep in large products: of an H200's 989 TFLOP/s about
-790 are reached. So benchmarks measure the peak of the same run, and a bound from this table is a looser one. NVIDIA's
-GB of memory are GiB, as its tools show them.
+A GPU's peak is at its boost clock, which its power limit does not let it keep in large products. So benchmarks measure
+the peak of the same run, and a bound from this table is a looser one. NVIDIA's GB of memory are GiB, as its tools show
+them.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Counts what a compiled program executes: products, bytes to and from main memory, collectives; loops multiplied out.
+"""Counts what a compiled program executes: products, and bytes to and from main memory; loops multiplied out.
 
 XLA's own `cost_analysis()` counts a loop's body once, so a scan over twelve layers reports a twelfth. Here every
 instruction is visited with the number of times it runs.
@@ -25,15 +25,6 @@ _FREE_TARGETS = frozenset(
   {'AllocateBuffer', 'Sharding', 'SPMDFullToShardShape', 'SPMDShardToFullShape'}
 )
 _READS_A_PART = frozenset({'dynamic-slice', 'slice', 'gather'})
-COLLECTIVES = (
-  'all-reduce',
-  'all-gather',
-  'reduce-scatter',
-  'all-to-all',
-  'ragged-all-to-all',
-  'collective-permute',
-  'collective-broadcast',
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,37 +42,6 @@ class Visit:
   fused: bool
   op_name: str
   kernel: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-  """One collective instruction.
-
-  Attributes:
-    kind: such as 'all-reduce'.
-    shapes: the arrays, at the size of the larger side: what is reduced, or what was gathered.
-    bytes: of them, in one execution.
-    times: executions a step.
-    group: devices that take part together.
-    groups: how many such groups.
-    op_name: where it comes from; '' unknown.
-  """
-
-  kind: str
-  shapes: tuple[Shape, ...]
-  bytes: int
-  times: int
-  group: int
-  groups: int
-  op_name: str
-
-  @property
-  def sent(self) -> float:
-    """Bytes that a device must send in a step: of n devices in a ring, a gather or scatter passes on (n - 1) / n of
-    the array, an all-reduce is both, and a permutation sends all of it."""
-    share = (self.group - 1) / self.group
-    factor = {'all-reduce': 2 * share, 'collective-permute': 1.0 if self.group > 1 else 0.0}
-    return factor.get(self.kind, share) * self.bytes * self.times
 
 
 def visits(module: Module) -> tuple[list[Visit], list[str]]:
@@ -128,7 +88,8 @@ def flops(visit: Visit) -> float:
     left, _ = (shapes[0] for shapes in visit.inside.operand_shapes(instruction))
     return _product(left, instruction.numbers('lhs_contracting_dims'), instruction.shapes[0])
   if instruction.opcode == 'convolution':
-    return _convolution(instruction, *(s[0] for s in visit.inside.operand_shapes(instruction)))
+    image, kernel = (shapes[0] for shapes in visit.inside.operand_shapes(instruction))
+    return _convolution(instruction, image, kernel, instruction.shapes[0])
   if instruction.opcode == 'custom-call':
     return _library_call(visit)
   return 0.0
@@ -146,9 +107,19 @@ def _library_call(visit: Visit) -> float:
     contracted = gemm['dot_dimension_numbers'].get('lhs_contracting_dimensions', ())
     axes = tuple(int(axis) for axis in contracted)
     return _product(left, axes, visit.instruction.shapes[0])
-  if 'convForward' in visit.instruction.attribute('custom_call_target'):
-    operands = list(visit.inside.operand_shapes(visit.instruction))
-    return _convolution(visit.instruction, operands[0][0], operands[1][0])
+  target = visit.instruction.attribute('custom_call_target')
+  if '$conv' in target:
+    first, second, *_ = (shapes[0] for shapes in visit.inside.operand_shapes(visit.instruction))
+    result = visit.instruction.shapes[0]
+    # Labels and window are those of the forward convolution, whichever of its arrays is asked for.
+    image, kernel, output = (
+      (result, second, first)
+      if 'BackwardInput' in target
+      else (first, result, second)
+      if 'BackwardFilter' in target
+      else (first, second, result)
+    )
+    return _convolution(visit.instruction, image, kernel, output)
   if 'cudnn_fmha_backend_config' in call:
     return _fused_attention(visit)
   # A kernel written by hand (Pallas) may state what it costs.
@@ -165,12 +136,11 @@ def _fused_attention(visit: Visit) -> float:
   return (5 if backward else 2) * 2.0 * query.elements * keys
 
 
-def _convolution(instruction: Instruction, image: Shape, kernel: Shape) -> float:
+def _convolution(instruction: Instruction, image: Shape, kernel: Shape, result: Shape) -> float:
   labels = re.match(r'(\w+)_(\w+)->(\w+)', instruction.attribute('dim_labels'))
   if labels is None:
     return 0.0
   inputs, kernels, outputs = labels[1], labels[2], labels[3]
-  result = instruction.shapes[0]
   taps = 1.0
   for axis in (c for c in outputs if c.isdigit()):
     taps *= valid_taps(
@@ -302,9 +272,8 @@ def _written(module: Module, fused: Computation, name: str, shapes: tuple[Shape,
   root = fused.instructions[name]
   if root.opcode == 'tuple':
     written, rest = 0, shapes
-    for (
-      operand
-    ) in root.operands:  # One of them may be a tuple itself: a reduction of several arrays.
+    # One of them may be a tuple itself: a reduction of several arrays.
+    for operand in root.operands:
       many = len(fused.instructions[operand].shapes)
       written, rest = written + _written(module, fused, operand, rest[:many]), rest[many:]
     return written
@@ -317,67 +286,6 @@ def _written(module: Module, fused: Computation, name: str, shapes: tuple[Shape,
     # What it replaces needn't be read where the update is computed here.
     return fused.instructions[root.operands[1]].bytes
   return _in_memory(shapes)
-
-
-def collective(module: Module, visit: Visit, devices: int) -> Collective | None:
-  """The collective that this instruction is, or None; of an asynchronous pair, its start."""
-  instruction = visit.instruction
-  kind = instruction.opcode.removesuffix('-start')
-  if kind not in COLLECTIVES:
-    return None
-  shapes = tuple(
-    shape for name in instruction.operands for shape in _parts(module, visit.inside, name)
-  )
-  if kind == 'all-gather':
-    shapes = instruction.shapes
-    if instruction.opcode.endswith('-start'):
-      shapes = shapes[len(instruction.operands) :]  # (operands, results)
-  groups, size = _groups(instruction, devices)
-  return Collective(
-    kind,
-    shapes,
-    sum(shape.elements * _itemsize(shape) for shape in shapes),
-    visit.times,
-    size,
-    groups,
-    visit.op_name,
-  )
-
-
-def _parts(module: Module, inside: Computation, name: str) -> tuple[Shape, ...]:
-  """The arrays that a collective is given; a GPU's compiler lays many end to end and sends them as one."""
-  while inside.instructions[name].opcode == 'bitcast':
-    name = inside.instructions[name].operands[0]
-  instruction = inside.instructions[name]
-  if instruction.opcode == 'fusion':
-    fused = module.computations[instruction.called('calls')[0]]
-    if fused.instructions[fused.root].opcode == 'concatenate':
-      inside, instruction = fused, fused.instructions[fused.root]
-  if instruction.opcode != 'concatenate':
-    return instruction.shapes
-  return tuple(s for operand in instruction.operands for s in _parts(module, inside, operand))
-
-
-def _itemsize(shape: Shape) -> int:
-  return dataclasses.replace(shape, dims=(), layout=(), tile=()).bytes
-
-
-def _groups(instruction: Instruction, devices: int) -> tuple[int, int]:
-  """(number of groups, devices in each): of `{{0,1},{2,3}}`, `[2,4]<=[8]`, `mesh['a'=2,'b'=4] {'b'}` or, where all take
-  part, `{}`."""
-  if instruction.opcode.startswith('collective-permute'):
-    return 1, devices
-  if match := re.search(r'replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}', instruction.attributes):
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-    size = math.prod(sizes.get(name, 1) for name in re.findall(r"'(\w+)'", match[2]))
-    return devices // size, size
-  text = instruction.attribute('replica_groups')
-  if match := re.match(r'\[(\d+),(\d+)\]', text):
-    return int(match[1]), int(match[2])
-  groups = re.findall(r'\{([\d,]+)\}', text)
-  if groups:
-    return len(groups), len(groups[0].split(','))
-  return 1, devices
 
 
 def scope_of(op_name: str, scopes: tuple[str, ...]) -> str:

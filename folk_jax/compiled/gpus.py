@@ -11,6 +11,7 @@ import importlib.util
 import re
 
 from folk_jax.compiled.chips import Chip
+from folk_jax.errors import UserError
 
 _KIB, _MIB = 2**10, 2**20
 # By major version of CUDA: jax's plugin, the packages that say which libraries it would run with.
@@ -102,6 +103,12 @@ dnn_version_info {{ {_numbers(cudnn)} }}
 
 def _numbers(package: str) -> str:
   """A distribution's version as the fields of a version in the description."""
-  numbers = re.findall(r'\d+', importlib.metadata.version(package))
+  try:
+    numbers = re.findall(r'\d+', importlib.metadata.version(package))
+  except importlib.metadata.PackageNotFoundError as error:
+    raise UserError(
+      f"jax's plugin for CUDA is installed and NVIDIA's package {package}, which a topology needs too, is not: "
+      "pip install -c constraints.txt -e '.[gpu]'"
+    ) from error
   fields = zip(('major', 'minor', 'patch'), numbers, strict=False)
   return ' '.join(f'{name}: {number}' for name, number in fields)

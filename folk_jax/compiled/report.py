@@ -6,6 +6,7 @@ from typing import Any
 
 from folk_jax.compiled import cost, hlo
 from folk_jax.compiled.chips import Chip
+from folk_jax.compiled.collectives import Collective, collective_of
 from folk_jax.compiled.roofline import roofline
 
 # What objectives and the step name their parts with (`jax.named_scope`), in the order of a step.
@@ -69,11 +70,12 @@ def report(
   flops = 0.0
   by_scope = {what: dict.fromkeys((*SCOPES, 'other'), 0.0) for what in ('bytes', 'flops', 'cycles')}
   collectives, unseen = [], set()
-  kernels: dict[int, list[float]] = {}  # FLOPs and bytes by the kernel's number
+  # By the kernel's number: FLOPs, bytes moved and bytes sent.
+  kernels: dict[int, list[float]] = {}
   of_float32 = chip.passes if chip else (1, 3, 6)
   for visit in visits:
     scope = cost.scope_of(visit.op_name, SCOPES) or 'other'
-    kernel = kernels.setdefault(visit.kernel, [0.0, 0.0])
+    kernel = kernels.setdefault(visit.kernel, [0.0, 0.0, 0.0])
     if product := visit.times * cost.flops(visit):
       flops += product
       kernel[0] += product * cost.passes(visit, of_float32)
@@ -82,18 +84,18 @@ def report(
     kernel[1] += moved
     by_scope['bytes'][scope] += moved
     by_scope['cycles'][scope] += visit.times * cost.cycles(visit)
-    if (found := cost.collective(module, visit, devices)) is not None:
+    if (found := collective_of(module, visit, devices)) is not None:
       collectives.append(found)
+      kernel[2] += found.sent
     target = visit.instruction.attribute('custom_call_target').strip('"')
     if target.startswith(_KERNELS) and not cost.flops(visit):
       unseen.add(target)
-  matrix, moved = (sum(part) for part in zip(*kernels.values(), strict=True))
-  sent = sum(c.sent for c in collectives)
+  matrix, moved, sent = (sum(part) for part in zip(*kernels.values(), strict=True))
   cycles = sum(by_scope['cycles'].values())
   model = step.model_flops / devices
   bound = None
   if chip is not None:
-    limits = roofline(chip, map(tuple, kernels.values()), sent_bytes=sent, model_flops=model)
+    limits = roofline(chip, map(tuple, kernels.values()), model_flops=model)
     bound = dataclasses.asdict(limits) | {
       'seconds': limits.seconds,
       'serial_mfu': model / chip.peak_flops / limits.serial if limits.serial else None,
@@ -153,7 +155,7 @@ def _compiler(cycles: float, model: float, chip: Chip | None) -> dict[str, Any] 
   }
 
 
-def _summed(collectives: Sequence[cost.Collective], step: Step) -> list[dict[str, Any]]:
+def _summed(collectives: Sequence[Collective], step: Step) -> list[dict[str, Any]]:
   """Collectives of a kind, a purpose and a grouping together, those that send most first."""
   rows: dict[tuple, dict[str, Any]] = {}
   for one in collectives:
@@ -183,7 +185,7 @@ def _summed(collectives: Sequence[cost.Collective], step: Step) -> list[dict[str
   return [row | {name: sorted(row[name]) for name in ('dtypes', 'from')} for row in ordered]
 
 
-def purpose(collective: cost.Collective, step: Step) -> str:
+def purpose(collective: Collective, step: Step) -> str:
   """What a collective is about, by the sizes of its arrays.
 
   Returns:
@@ -200,7 +202,8 @@ def purpose(collective: cost.Collective, step: Step) -> str:
     if shape.elements in known and shape.elements > 1:
       found = 'parameters'
     elif shape.elements >= step.view_elements and not (
-      shape.elements == step.features**2 or _summed_view(shape, step)
+      shape.elements == step.features**2
+      or (collective.kind == 'all-reduce' and _summed_view(shape, step))
     ):
       return 'images'
   return found

@@ -2,8 +2,8 @@
 Waterman and Patterson, "Roofline", CACM 52(4), 2009).
 
 It is a bound and no prediction: it takes the three to overlap perfectly, every product to run at the published peak,
-and leaves out vector arithmetic, transforms and latencies. `serial` is nearer to what happens: one kernel after the
-other, each bound by its own products or its own traffic, as GPUs run them.
+and leaves out vector arithmetic, transforms and latencies. `serial` is nearer to what GPUs do: one kernel after the
+other, each as long as its own products, its own traffic or what it sends. It is no bound where copies overlap products.
 """
 
 import dataclasses
@@ -42,21 +42,21 @@ class Roofline:
 
 
 def roofline(
-  chip: Chip, kernels: Iterable[tuple[float, float]], *, sent_bytes: float, model_flops: float
+  chip: Chip, kernels: Iterable[tuple[float, float, float]], *, model_flops: float
 ) -> Roofline:
   """The bounds of a step on `chip`.
 
   Args:
     chip: published rates.
     kernels: of each kernel that a chip runs in a step, or of all runs of it together: FLOPs of its products, a float32
-      product counted as often as the matrix unit passes over it, and bytes read and written.
-    sent_bytes: that a chip must send to others.
+      product counted as often as the matrix unit passes over it; bytes read and written; bytes that it must send to
+      other chips.
     model_flops: a chip's share of what the model has to compute.
   """
-  times = [(flops / chip.peak_flops, moved / chip.hbm_bandwidth) for flops, moved in kernels]
-  compute, memory = (sum(part) for part in zip(*times, strict=True)) if times else (0.0, 0.0)
+  rates = (chip.peak_flops, chip.hbm_bandwidth, chip.ici_bandwidth)
+  times = [tuple(amount / rate for amount, rate in zip(one, rates, strict=True)) for one in kernels]
+  compute, memory, links = (sum(one[part] for one in times) for part in range(3))
   serial = sum(max(one) for one in times)
-  links = sent_bytes / chip.ici_bandwidth
   longest = max(compute, memory, links)
   mfu = model_flops / chip.peak_flops / longest if longest else 0.0
   return Roofline(compute, memory, links, serial, mfu)

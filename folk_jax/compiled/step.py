@@ -19,6 +19,7 @@ from folk_jax.compiled import report as report_lib
 from folk_jax.compiled.chips import GIB, Chip
 from folk_jax.compiled.settings import changed, has
 from folk_jax.compiled.table import say
+from folk_jax.errors import UserError
 from folk_jax.train import loop, run, sharding
 
 # A model's own work is counted on its plain form: nothing recomputed, no kernel whose inside can't be seen.
@@ -42,12 +43,11 @@ class Target:
   memory_limit: float | None
 
   @property
-  def between(self) -> str:
-    """What is joined by a network: 'slices' of TPUs, 'hosts' of GPUs; '' where it is one."""
-    if self.slices > 1:
-      return 'slices'
-    several = bool(self.topology) and len({device.process_index for device in self.devices}) > 1
-    return 'hosts' if several and self.chip.platform == 'gpu' else ''
+  def islands(self) -> int:
+    """How many parts a network joins: slices of TPUs, hosts of GPUs."""
+    if self.topology and self.chip.platform == 'gpu':
+      return topology.parse(self.topology)[1][0]
+    return self.slices
 
 
 class OutOfMemory(Exception):
@@ -77,6 +77,11 @@ class Compiler:
     """
     devices = self.target.devices
     config_lib.check_layout(config.batch_size, config.accumulate, len(devices), config.mesh.fsdp)
+    if (island := len(devices) // self.target.islands) % config.mesh.fsdp:
+      raise UserError(
+        f'mesh.fsdp is {config.mesh.fsdp} and a slice, or a host of GPUs, has {island} devices: parameters are spread '
+        'inside one, so it must divide them'
+      )
     say(f'compiling {_settings(config, len(devices))} ...')
     made = run.make_run(config, self.images, self.classes)
     state = _abstract_state(made)
@@ -127,7 +132,8 @@ class Compiler:
       hlo.parse(text), compiled.memory_analysis(), step, len(devices), self.target.chip
     )
     setting = self.setting(config) | {'parameters': parameters}
-    if between := self.target.between:
+    if self.target.islands > 1:
+      between = 'slices' if self.target.slices > 1 else 'hosts'
       found['notes'].append(
         f"collectives between {between} run over the network, which the bound doesn't know"
       )
@@ -192,8 +198,7 @@ def _abstract_state(made: run.Run) -> Any:
 
 def for_target(config: ml_collections.ConfigDict, target: Target) -> ml_collections.ConfigDict:
   """`config` with what 'auto' stands for on the target, and not on the machine that compiles."""
-  platform = target.chip.platform if target.topology else target.devices[0].platform
-  return run.for_platform(config, platform)
+  return run.for_platform(config, target.chip.platform if target.topology else '')
 
 
 def abstract_batch(config: ml_collections.ConfigDict, where: Any) -> dict[str, Any]:

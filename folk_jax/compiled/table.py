@@ -104,10 +104,11 @@ def _bounds(result: Mapping[str, Any]) -> Iterator[str]:
       f'bound by {_BOUNDS[bound["bound_by"]]}: at least {1e3 * bound["seconds"]:.1f} ms a step, at most '
       f'{bound["images_per_second"]:,.0f} images/s on all chips, MFU {bound["mfu"]:.1%}'
     )
-    yield (
-      f'one kernel after the other, each at its own bound: {1e3 * bound["serial"]:.1f} ms a step, '
-      f'MFU {bound["serial_mfu"]:.1%}'
-    )
+    if compiler is None:
+      yield (
+        f'one kernel after the other, each at its own bound: {1e3 * bound["serial"]:.1f} ms a step, '
+        f'MFU {bound["serial_mfu"]:.1%}'
+      )
   if compiler is not None and compiler['seconds']:
     yield (
       f"the compiler's own estimate, nothing overlapped: {1e3 * compiler['seconds']:.0f} ms a step, "

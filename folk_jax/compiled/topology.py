@@ -37,7 +37,8 @@ def prepare_environment(name: str) -> None:
   if parse(name)[0].platform == 'gpu':
     if gpus.cuda() is None:
       raise _not_installed('NVIDIA GPUs', "jax's plugin for CUDA", 'gpu')
-    os.environ['JAX_PLATFORMS'] = 'cpu'
+    os.environ |= {'JAX_PLATFORMS': 'cpu'}
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # What does not fit is said in one line.
   else:
     if importlib.util.find_spec('libtpu') is None:
       raise _not_installed('TPUs', 'the package libtpu', 'tpu')
@@ -131,8 +132,10 @@ def _gpus(name: str, chip: Chip, hosts: int, each: int) -> list[Any]:
     described = topologies.get_topology_desc(
       platform='cuda', target_config=gpus.target(chip), topology=f'1x{hosts}x{each}'
     )
-  except jax.errors.JaxRuntimeError as error:
+  except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+    reason = str(error).splitlines()[0]
     raise UserError(
-      f'the compiler of jax {jax.__version__} for CUDA does not take {name}: {error}; a newer jax may (0.12 does)'
+      f'jax {jax.__version__} and its plugin for CUDA cannot compile for {name}: {reason}. Install both anew: '
+      "pip install -c constraints.txt -e '.[gpu]'"
     ) from error
   return list(described.devices)

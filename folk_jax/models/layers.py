@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from folk_jax.models.attention import ATTENTION
-from folk_jax.models.linear import Linear, cast, product, row_major
+from folk_jax.models.layout import row_major
+from folk_jax.models.linear import Linear, cast, product
 from folk_jax.models.norm import LayerNorm
 from folk_jax.signal.shard import in_place
 

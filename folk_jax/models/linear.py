@@ -1,4 +1,4 @@
-"""Linear layers whose backward pass gives a CPU the products that it is fast at, and arrays as a GPU reads them fast.
+"""Linear layers whose backward pass gives a CPU the products that it is fast at.
 
 Shape letters: M inputs, N outputs, R rows (all leading axes as one).
 """
@@ -6,7 +6,6 @@ Shape letters: M inputs, N outputs, R rows (all leading axes as one).
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 
 @jax.custom_vjp
@@ -54,18 +53,6 @@ product.defvjp(lambda x, kernel_MN: (x @ kernel_MN, (x, kernel_MN)), _backward)
 def cast(kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """Weights in the compute type, once a pass: a TPU else casts them inside the product, once a tile of its result."""
   return kernel if kernel.dtype == dtype else jax.lax.optimization_barrier(kernel.astype(dtype))
-
-
-def row_major(x: jax.Array) -> jax.Array:
-  """The same array and gradient, which on GPUs lie in memory as their axes are written: the last one innermost.
-
-  Left to itself XLA lays the residual stream as the sums over images want it that its gradient ends in (positions,
-  class token), images innermost; every norm and product then begins with a transpose.
-  """
-  as_written = Layout(major_to_minor=tuple(range(x.ndim)))
-  return jax.lax.platform_dependent(
-    x, cuda=lambda x: with_layout_constraint(x, as_written), default=lambda x: x
-  )
 
 
 class Linear(nn.Module):

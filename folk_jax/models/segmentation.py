@@ -76,7 +76,7 @@ def pyramid_layers(depth: int) -> tuple[int, ...]:
 
 
 def _group_norm(channels: int, name: str) -> nn.GroupNorm:
-  """Groups of 16 channels (32 groups of 512), float32; two passes, as `layers.layer_norm`.
+  """Groups of 16 channels (32 groups of 512), float32; two passes, as `norm.LayerNorm`.
 
   Not 32 groups of however few: on a map of one position a group of one channel is always 0.
   """

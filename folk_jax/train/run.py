@@ -162,7 +162,7 @@ def _scan_unroll(model: Mapping[str, Any], platform: str = '') -> int:
   """0 is 1 on CPUs and all blocks elsewhere.
 
   TPUs and GPUs copy what a turn of a loop keeps for the backward pass into arrays of all layers, and out again: without
-  the loop FOLK's ViT-B moves fewer bytes and needs less memory (docs/performance.md).
+  the loop FOLK's ViT-B moves fewer bytes (docs/performance.md).
   """
   everything = 1 if (platform or jax.default_backend()) == 'cpu' else model['depth']
   return model['scan_unroll'] or everything

@@ -58,18 +58,18 @@ def test_devices_by_the_name_that_jax_gives_them():
   ],
 )
 def test_the_longest_of_three_bounds(matrix, moved, sent, by, seconds, mfu):
-  bound = roofline(CHIPS['v5e'], [(matrix, moved)], sent_bytes=sent, model_flops=98.5e12)
+  bound = roofline(CHIPS['v5e'], [(matrix, moved, sent)], model_flops=98.5e12)
   assert bound.bound_by == by
   assert bound.seconds == pytest.approx(seconds) and bound.mfu == pytest.approx(mfu)
 
 
 def test_kernels_one_after_the_other_take_each_its_own_longest():
-  """A product that reads little and a copy: together they could overlap, one after the other they can't."""
-  kernels = [(197e12, 81.9e9), (0.0, 2 * 819e9)]
-  bound = roofline(CHIPS['v5e'], kernels, sent_bytes=0, model_flops=98.5e12)
-  assert (bound.compute, bound.memory) == pytest.approx((1.0, 2.1))
-  assert bound.seconds == pytest.approx(2.1) and bound.serial == pytest.approx(3.0)
-  nothing = roofline(CHIPS['v5e'], [], sent_bytes=0, model_flops=0)
+  """A product that reads little, a copy and a sum over chips: together they could overlap, in turn they can't."""
+  kernels = [(197e12, 81.9e9, 0.0), (0.0, 2 * 819e9, 0.0), (0.0, 81.9e9, 100e9)]
+  bound = roofline(CHIPS['v5e'], kernels, model_flops=98.5e12)
+  assert (bound.compute, bound.memory, bound.links) == pytest.approx((1.0, 2.2, 0.5))
+  assert bound.seconds == pytest.approx(2.2) and bound.serial == pytest.approx(3.5)
+  nothing = roofline(CHIPS['v5e'], [], model_flops=0)
   assert (nothing.seconds, nothing.serial, nothing.mfu) == (0, 0, 0)
 
 

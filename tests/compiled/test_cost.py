@@ -3,8 +3,6 @@
 Shape letters: B batch, H, W pixels, C, D channels.
 """
 
-import json
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -212,43 +210,6 @@ def test_a_real_elementwise_program_reads_and_writes_once():
   assert sum(v.times * cost.moved_bytes(module, v) for v in visits) == 2 * 100 * 100 * 4
 
 
-COLLECTIVES = """
-ENTRY %main (x: bf16[8,4], y: f32[16]) -> f32[16] {
-  %x = bf16[8,4]{1,0:T(8,128)} parameter(0)
-  %y = f32[16]{0} parameter(1)
-  %both = (bf16[8,4]{1,0:T(8,128)}, f32[16]{0}) all-reduce(%x, %y), \
-replica_groups={}, to_apply=%add, metadata={op_name="jit(step)/transpose(jvp(student))/psum"}
-  %rows = bf16[32,4]{1,0:T(8,128)} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
-  %start = (f32[16]{0}, f32[64]{0}) all-gather-start(%y), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
-  %done = f32[64]{0} all-gather-done(%start)
-  %part = f32[2]{0} reduce-scatter(%y), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add
-  %moved = f32[16]{0} collective-permute(%y), source_target_pairs={{0,1},{1,0}}
-  ROOT %r = f32[16]{0} negate(%y)
-}
-"""
-
-
-@pytest.mark.parametrize(
-  ('name', 'kind', 'size', 'groups', 'group', 'sent'),
-  [
-    ('both', 'all-reduce', 64 + 64, 1, 8, 2 * 7 / 8 * 128),  # without the tiles' padding
-    ('rows', 'all-gather', 256, 2, 4, 3 / 4 * 256),
-    ('start', 'all-gather', 256, 2, 4, 3 / 4 * 256),
-    ('part', 'reduce-scatter', 64, 1, 8, 7 / 8 * 64),
-    ('moved', 'collective-permute', 64, 1, 8, 64),
-  ],
-)
-def test_collectives(name, kind, size, groups, group, sent):
-  found = cost.collective(hlo.parse(COLLECTIVES), entry_visits(COLLECTIVES)[name], devices=8)
-  assert (found.kind, found.bytes, found.groups, found.group) == (kind, size, groups, group)
-  assert found.sent == pytest.approx(sent)
-
-
-def test_other_instructions_are_no_collectives():
-  module, visits = hlo.parse(COLLECTIVES), entry_visits(COLLECTIVES)
-  assert all(cost.collective(module, visits[name], 8) is None for name in ('done', 'r'))
-
-
 # As the compiler for NVIDIA GPUs writes: gradients end to end in one all-reduce, copies beside kernels, cuDNN's kernel.
 OF_A_GPU = """
 %joined (a: f32[6,4], b: bf16[5]) -> f32[29] {
@@ -304,22 +265,38 @@ backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dim
 """
 
 
-def test_what_a_gpu_sends_end_to_end_is_told_apart():
-  found = cost.collective(hlo.parse(OF_A_GPU), entry_visits(OF_A_GPU)['sum'], 8)
-  assert [shape.dims for shape in found.shapes] == [(6, 4), (5,)]
-  assert (found.kind, found.bytes, found.groups, found.group) == ('all-reduce', 29 * 4, 4, 2)
-
-
 def test_what_a_gpu_stores_beside_its_kernels():
   # The row is read and written in place, and the number of the layer read; waiting for it moves nothing.
   assert moved(OF_A_GPU, 'store') == 2 * 8 * 4 * 4 + 4 and moved(OF_A_GPU, 'kept') == 0
-  assert not any(
-    v.fused for v in cost.visits(hlo.parse(OF_A_GPU))[0] if v.instruction.name == 'store'
-  )
+  visits = entry_visits(OF_A_GPU)
+  assert visits['in_place'].fused and visits['in_place'].kernel == visits['store'].kernel
 
 
 def test_a_reduction_of_two_arrays_beside_a_third():
   assert moved(OF_A_GPU, 'pair') == 2 * 16 * 8 * 4 + 16 * 4 + 16 * 4
+
+
+@pytest.mark.parametrize(
+  ('target', 'operands', 'result'),
+  [
+    ('Forward', ('image', 'kernel'), 'f32[2,6,6,5]'),
+    ('BackwardInput', ('output', 'kernel'), 'f32[2,8,8,4]'),
+    ('BackwardFilter', ('image', 'output'), 'f32[3,3,4,5]'),
+  ],
+)
+def test_a_convolution_of_cudnns_and_its_gradients_cost_the_same(target, operands, result):
+  """3 x 3 over 8 x 8 pixels without padding, 4 channels to 5, two images: labels are the forward convolution's."""
+  text = f"""
+ENTRY %main (image: f32[2,8,8,4], kernel: f32[3,3,4,5], output: f32[2,6,6,5]) -> {result} {{
+  %image = f32[2,8,8,4]{{3,2,1,0}} parameter(0)
+  %kernel = f32[3,3,4,5]{{3,2,1,0}} parameter(1)
+  %output = f32[2,6,6,5]{{3,2,1,0}} parameter(2)
+  %both = ({result}, u8[0]{{0}}) custom-call(%{operands[0]}, %{operands[1]}), window={{size=3x3}}, \
+dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$conv{target}"
+  ROOT %r = {result} get-tuple-element(%both), index=0
+}}
+"""
+  assert cost.flops(entry_visits(text)['both']) == 2 * 2 * 6 * 6 * 3 * 3 * 4 * 5
 
 
 def test_cudnns_attention_is_two_products_and_five():
@@ -333,28 +310,6 @@ def test_a_fusion_and_what_is_inside_are_one_kernel():
   visits = entry_visits(OF_A_GPU)
   assert visits['gradients'].kernel == visits['wide'].kernel == visits['end_to_end'].kernel
   assert len({visits[name].kernel for name in ('gradients', 'sum', 'store', 'pair', 'mixed')}) == 5
-
-
-def test_real_collectives_on_eight_devices(run_with_devices):
-  """A gradient is summed over the devices that hold the batch; inside a scan, once an iteration."""
-  code = """
-    import json, jax, jax.numpy as jnp
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    from folk_jax.compiled import cost, hlo
-    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
-    def loss(w, x):
-      return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
-    at = lambda *spec: NamedSharding(mesh, P(*spec))
-    step = jax.jit(jax.grad(loss), in_shardings=(at(), at('data')), out_shardings=at())
-    shapes = (jnp.zeros((3, 16, 16)), jnp.zeros((32, 16)))
-    module = hlo.parse(step.lower(*shapes).compile().as_text())
-    visits, unknown = cost.visits(module)
-    found = [c for v in visits if (c := cost.collective(module, v, 8)) is not None]
-    print(json.dumps([[c.kind, c.times * c.bytes, c.group, c.groups] for c in found]))
-  """
-  found = json.loads(run_with_devices(code).splitlines()[-1])
-  assert {(kind, group, groups) for kind, _, group, groups in found} == {('all-reduce', 8, 1)}
-  assert sum(size for _, size, _, _ in found) == 3 * 16 * 16 * 4
 
 
 @pytest.mark.parametrize(

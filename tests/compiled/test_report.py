@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from folk_jax.compiled import cost, hlo, report, settings, table
+from folk_jax.compiled import hlo, report, settings, table
 from folk_jax.compiled.chips import CHIPS, GIB
+from folk_jax.compiled.collectives import Collective
 
 STEP = report.Step(
   images=64,
@@ -31,7 +32,7 @@ MEMORY = types.SimpleNamespace(
 
 def collective(*dims, kind='all-reduce'):
   shapes = tuple(hlo.Shape('f32', d) for d in dims)
-  return cost.Collective(kind, shapes, 4, 1, 8, 1, '')
+  return Collective(kind, shapes, 4, 1, 8, 1, '')
 
 
 @pytest.mark.parametrize(
@@ -50,10 +51,17 @@ def collective(*dims, kind='all-reduce'):
       'statistics',
     ),  # a view's 3072 numbers, and no axis that could be 8 images
     (((8, 6, 2, 32),), 'images'),
+    (((1, 32, 32, 3),), 'images'),  # 32 may be four times 8 images
   ],
 )
 def test_purposes_of_collectives(dims, purpose):
   assert report.purpose(collective(*dims), STEP) == purpose
+
+
+def test_a_view_that_is_gathered_is_an_image():
+  """Only what is summed can be a sum over images."""
+  whole = collective((4, 12, 4, 4, 4), kind='all-gather')
+  assert report.purpose(whole, STEP) == 'images'
 
 
 @pytest.fixture(scope='module')

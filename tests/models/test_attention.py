@@ -10,7 +10,7 @@ import pytest
 from folk_jax.errors import UserError
 from folk_jax.models import attention, fused_attention
 from folk_jax.models.attention import ATTENTION, self_check
-from folk_jax.models.linear import row_major
+from folk_jax.models.layout import row_major
 
 
 def plain(product_BT3D, bias_3D, heads):
@@ -122,6 +122,15 @@ def test_self_check_sees_a_kernel_that_is_wrong(monkeypatch, interpreted):
   )
   with pytest.raises(UserError, match='fails its check'):
     self_check('pallas', 128, 2, 17, 'float32')
+
+
+def test_self_check_names_the_cure_where_a_kernel_does_not_run(monkeypatch):
+  def missing(product_BT3D, bias_3D, heads):
+    raise NotImplementedError('requires cuDNN version >= 9.11.')
+
+  monkeypatch.setitem(ATTENTION, 'cudnn', missing)
+  with pytest.raises(UserError, match="'cudnn' does not run on this .*9.11.*model.attention=xla"):
+    self_check('cudnn', 128, 2, 17, 'bfloat16')
 
 
 def test_self_check_sees_padding_that_shows(monkeypatch):
