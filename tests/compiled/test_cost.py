@@ -3,6 +3,8 @@
 Shape letters: B batch, H, W pixels, C, D channels.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
