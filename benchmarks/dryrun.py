@@ -179,7 +179,7 @@ def _write(out: pathlib.Path, chips: str, rows: Sequence[Mapping[str, Any]]) -> 
 
 def _line(row: Mapping[str, Any]) -> list[str]:
   if not row['fits']:
-    return [row['name'], 'does not fit', '', '', '', '']
+    return [row['name'], 'does not fit', '', '', '']
   bound = row['roofline']
   return [
     row['name'],
@@ -187,7 +187,6 @@ def _line(row: Mapping[str, Any]) -> list[str]:
     f'{row["flops"]["executed_over_model"]:.2f}x',
     f'{1e3 * bound["seconds"]:.1f} ms ({bound["bound_by"]})',
     f'{bound["mfu"]:.0%}',
-    f'{bound["serial_mfu"]:.0%}' if 'serial_mfu' in bound else '-',  # Rows of before have none.
   ]
 
 
@@ -225,7 +224,6 @@ def main() -> None:
     'executed / model',
     'at least',
     'MFU at most',
-    'kernels in turn',
   ]
   print(report.table(header, [_line(rows[name]) for name in wanted]))
 

@@ -47,9 +47,10 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Any]]:
 def _work(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Any]]:
   for row in rows:
     flops, bound, compiler = row['flops'], row['roofline'], row['compiler']
-    own = [f'{compiler["mfu"]:.0%}'] if compiler and compiler['seconds'] else ['-']
     if row['setting']['topology'].partition(':')[0] in _GPUS:
-      own = []
+      estimate = f'{bound["serial_mfu"]:.0%}'
+    else:
+      estimate = f'{compiler["mfu"]:.0%}' if compiler and compiler['seconds'] else '-'
     yield [
       row['what'],
       _slice(row),
@@ -62,8 +63,7 @@ def _work(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Any]]:
       f'{1e3 * bound["links"]:.1f}',
       f'{bound["images_per_second"]:,.0f}',
       f'{bound["mfu"]:.0%}',
-      f'{bound["serial_mfu"]:.0%}' if bound.get('serial_mfu') else '-',  # Rows of before lack it.
-      *own,
+      estimate,
     ]
 
 
@@ -136,8 +136,8 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
   )
 
 
-def _section(result: Mapping[str, Any], estimate: Sequence[str] = ()) -> str:
-  """The tables of one compiler's rows; `estimate` heads what it alone says."""
+def _section(result: Mapping[str, Any], estimate: str) -> str:
+  """The tables of one compiler's rows; `estimate` heads the nearest to a prediction that there is."""
   rows = [row for row in result['rows'] if row['fits']]
   parts = [
     f'{result["what"]}: {", ".join(f"{k} {v}" for k, v in rows[0]["setting"]["versions"].items())}. Every figure is '
@@ -160,7 +160,7 @@ def _section(result: Mapping[str, Any], estimate: Sequence[str] = ()) -> str:
         'of it filter, augmentation, frequency loss',
       ]
       + ['compute, ms', 'memory, ms', 'links, ms', 'images/s at most, all chips', 'MFU at most']
-      + ['MFU, kernels in turn', *estimate],
+      + [estimate],
       list(_work(rows)),
     ),
     '### Collectives',
@@ -197,8 +197,8 @@ def main() -> None:
   )
   rows = [row for row in dryrun['rows'] + of_gpus['rows'] if row['fits']]
   sections = {
-    'dry-run': _section(dryrun, ["MFU by the compiler's estimate"]),
-    'dry-run-gpu': _section(of_gpus),
+    'dry-run': _section(dryrun, "MFU by the compiler's estimate"),
+    'dry-run-gpu': _section(of_gpus, 'MFU, kernels in turn'),
     'cores': cores(loader, rows),
     'measured': measured(_RESULTS),
     'cost': cost_tables.section(_RESULTS),
