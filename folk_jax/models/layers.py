@@ -10,6 +10,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from folk_jax.models.attention import ATTENTION
 from folk_jax.models.layout import row_major
@@ -26,10 +27,15 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 xavier = nn.initializers.xavier_uniform()
 
 # What the backward pass recomputes. Keeping the products with weights alone leaves a third of the
-# memory and, since a CPU is short of bandwidth, is faster there than keeping everything.
+# memory and, since a CPU is short of bandwidth, is faster there than keeping everything. Attention's
+# result is kept too: only the gradient of the projection that follows takes it.
+_MIXED = 'mixed'
 REMAT = {
   'none': None,
-  'elementwise': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'elementwise': jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(_MIXED),
+  ),
   'block': jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -123,6 +129,7 @@ class Attention(nn.Module):
     width = tokens_BTD.shape[-1]
     product_BT3D, bias_3D = PackedProjection(self.dtype, name='qkv')(in_place(tokens_BTD))
     mixed_BTD = in_place(ATTENTION[self.implementation](product_BT3D, bias_3D, self.heads))
+    mixed_BTD = checkpoint_name(mixed_BTD, _MIXED)
     return in_place(Linear(width, self.dtype, normal, name='proj')(mixed_BTD))
 
 

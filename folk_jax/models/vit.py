@@ -111,7 +111,7 @@ class ViT(nn.Module):
     dtype: compute dtype, 'float32' or 'bfloat16'. Parameters, residual stream, norms, softmax and
       outputs stay float32.
     remat: what the backward pass recomputes: 'none', 'elementwise' (all but the products with
-      weights: norms, GELU and attention) or 'block' (all but each block's input).
+      weights and attention's result: norms, GELU, scores) or 'block' (all but each block's input).
     attention: 'xla'; 'cudnn' for the fused kernel of NVIDIA GPUs (in bfloat16); or 'pallas' for
       ours of TPUs (heads of 64 or 128 channels). Elsewhere both are 'xla'.
     scan_unroll: blocks per iteration of the scan over layers, at least 1; `depth` leaves no loop.
