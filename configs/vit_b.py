@@ -61,7 +61,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.model.mlp_ratio = 4.0
   c.model.drop_path = 0.1  # Student only; linear over depth.
   c.model.layer_scale = 0.0  # 0: none.
-  # Recomputed in the backward pass: 'none', 'elementwise' (all but products with weights) or 'block' (all).
+  # Recomputed in the backward pass: 'none', 'elementwise' (all but products) or 'block' (all).
   c.model.remat = 'elementwise'
   c.model.attention = 'auto'  # 'xla', 'cudnn' (NVIDIA GPUs), 'pallas' (TPUs).
   c.model.scan_unroll = 0  # Blocks a turn of the loop over layers; 0: on CPUs 1, else all.
