@@ -99,7 +99,7 @@ _TPU: dict[str, dict[str, Any]] = {
   ),
   'vit_b_v5e_32': _row('FOLK, ViT-B/16', 'vit_b.py', 'v5e:4x8', batch_size=512, **_PALLAS),
 }
-# What 'auto' chooses: cuDNN's attention and no loop over layers.
+# Nothing recomputed; else what 'auto' chooses, cuDNN's attention and no loop over layers.
 _KEPT = {'model.remat': 'none'}
 _GPU: dict[str, dict[str, Any]] = {
   'vit_b_h200_1': _row('FOLK, ViT-B/16', 'vit_b.py', 'h200:1', batch_size=256, **_KEPT),
@@ -218,13 +218,7 @@ def main() -> None:
     found = measure(name, known[name])
     rows = _rows(out, known) | {name: found}  # Read anew: another process may have added some.
     _write(out, args.chips, list(rows.values()))
-  header = [
-    'row',
-    'memory a chip',
-    'executed / model',
-    'at least',
-    'MFU at most',
-  ]
+  header = ['row', 'memory a chip', 'executed / model', 'at least', 'MFU at most']
   print(report.table(header, [_line(rows[name]) for name in wanted]))
 
 

@@ -133,11 +133,12 @@ def _lent(chip: chips.Chip) -> float:
   name = next((name for name in names if os.environ.get(name)), '')
   text = os.environ.get(name, str(_GPU_FRACTION))
   try:
-    return chip.hbm_bytes * float(text)
-  except ValueError as error:
-    raise UserError(
-      f'{name} is {text!r} in the environment: expected a share such as 0.9'
-    ) from error
+    share = float(text)
+  except ValueError:
+    share = 0.0
+  if not share > 0:
+    raise UserError(f'{name} is {text!r} in the environment: expected a share such as 0.9')
+  return chip.hbm_bytes * share
 
 
 def find_batch(

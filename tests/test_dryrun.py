@@ -228,9 +228,10 @@ def test_what_a_gpu_lends_is_the_environments_share(monkeypatch):
   assert dryrun._lent(chip) == 0.5 * chip.hbm_bytes
   monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '0.9')
   assert dryrun._lent(chip) == 0.9 * chip.hbm_bytes
-  monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', 'all')
-  with pytest.raises(UserError, match="XLA_CLIENT_MEM_FRACTION is 'all'.*0.9"):
-    dryrun._lent(chip)
+  for wrong in ('all', '0', '-1', 'nan'):
+    monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', wrong)
+    with pytest.raises(UserError, match=f"XLA_CLIENT_MEM_FRACTION is '{wrong}'.*0.9"):
+      dryrun._lent(chip)
 
 
 def test_fsdp_stays_inside_a_host_of_gpus():

@@ -25,7 +25,7 @@ NVIDIA's data sheets "A100 80GB", "H100", "H200", "HGX B200" and its white paper
 | a100 (SXM, 80 GB) | 312 | 19.5 | 80 | 2039 | 300 (NVLink 3) |
 | h100 (SXM) | 989 | 67 | 80 | 3350 | 450 (NVLink 4) |
 | h200 (SXM) | 989 | 67 | 141 | 4800 | 450 (NVLink 4) |
-| b200 (HGX) | 2250 | 75 | 180 | 7700 | 900 (NVLink 5) |
+| b200 (HGX) | 2250 | 75 | 180 | 8000 | 900 (NVLink 5) |
 | rtx4090 | 165 | 82.6 | 24 | 1008 | 32 (PCI Express 4.0 x16) |
 
 A GPU's peak is at its boost clock, which its power limit does not let it keep in large products. So benchmarks measure
@@ -89,7 +89,7 @@ CHIPS = {
     _gpu('a100', 312, 19.5, 80, 2039, 300),
     _gpu('h100', 989, 67, 80, 3350, 450),
     _gpu('h200', 989, 67, 141, 4800, 450),
-    _gpu('b200', 2250, 75, 180, 7700, 900),
+    _gpu('b200', 2250, 75, 180, 8000, 900),
     _gpu('rtx4090', 165, 82.6, 24, 1008, 32),
   )
 }
