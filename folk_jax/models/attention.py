@@ -71,7 +71,7 @@ def _by_pallas(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.A
     return _by_xla(product_BT3D, bias_3D, heads)
 
   def by_image(product_BT3D, bias_3D):
-    bias_3D = one_a_device(bias_3D, product_BT3D)
+    bias_3D = one_a_device(bias_3D)
     return jax.lax.platform_dependent(
       product_BT3D,
       bias_3D,

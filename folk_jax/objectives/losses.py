@@ -161,7 +161,7 @@ def patch_distillation_loss(
     return -jnp.sum(teacher_BVtK * jax.nn.log_softmax(student_BVtK, axis=-1), axis=-1)
 
   def entropies(student_BVTE, teacher_BVTE, *whole):
-    whole = one_a_device(whole, student_BVTE)
+    whole = one_a_device(whole)
     parts = [_chunked(tokens_BVTE, chunks) for tokens_BVTE in (student_BVTE, teacher_BVTE)]
     found = jax.lax.map(lambda part: jax.checkpoint(entropy)(*whole, *part), parts)
     return jnp.moveaxis(found, 0, 2).reshape(*student_BVTE.shape[:2], -1)[..., :tokens]

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from folk_jax.errors import UserError
@@ -72,29 +71,32 @@ def in_place(rows: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(rows, PartitionSpec(axes))
 
 
+def _axes(manual: bool) -> tuple[str, ...]:
+  """The mesh's axes inside whose devices the code here is (`manual`), or those that are left."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return tuple(name for name, kind in kinds if (kind == AxisType.Manual) == manual)
+
+
 def _batch_axes() -> tuple[tuple[str, ...], int]:
   """The axes of the mesh over which a batch is spread here, and how many devices that is."""
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if kind != AxisType.Manual
-  )
-  return axes, math.prod(mesh.shape[name] for name in axes)
+  axes, shape = _axes(manual=False), jax.sharding.get_abstract_mesh().shape
+  return axes, math.prod(shape[name] for name in axes)
 
 
-def one_a_device(whole: Any, rows: jax.Array) -> Any:
+def one_a_device(whole: Any) -> Any:
   """Inside `over_batch`: what every device got whole, seen from here on as each device's own.
 
   The gradients of the devices are summed where this stands: once, instead of in each turn of a loop
-  that comes after it. A kernel's custom derivative needs it too.
+  that comes after it. A kernel's custom derivative needs it too. Without `over_batch` nothing happens.
 
   Args:
     whole: pytree of `replicated` arrays.
-    rows: any of the arrays with a batch axis, not empty.
 
   Returns:
     The same values.
   """
-  always = rows.ravel()[0] == rows.ravel()[0]
-  return jax.tree.map(lambda leaf: jnp.where(always, leaf, leaf), whole)
+  axes = _axes(manual=True)
+  return (
+    jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to='varying'), whole) if axes else whole
+  )
