@@ -66,9 +66,43 @@ np.testing.assert_allclose(value_8, value, rtol=1e-6)
 np.testing.assert_allclose(gradient_8, gradient, atol=1e-6 * np.abs(gradient).max())
 """
 
+IN_A_LOOP = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+from folk_jax.signal import shard
+
+
+def local(rows, weight):
+  weight = shard.one_a_device(weight)
+  parts = jax.lax.map(lambda part: jnp.tanh(part @ weight), rows.reshape(4, -1, 3))
+  return parts.reshape(rows.shape)
+
+
+gradient = jax.jit(
+  jax.grad(lambda weight, rows: shard.over_batch(local, rows, replicated=(weight,)).sum())
+)
+random = np.random.default_rng(0)
+rows, weight = random.normal(size=(64, 3)), random.normal(size=(3, 3))
+one = gradient(weight, rows)
+with jax.set_mesh(jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))):
+  eight = gradient(weight, rows)
+  text = gradient.lower(weight, rows).compile().as_text()
+np.testing.assert_allclose(eight, one, rtol=1e-5)
+assert ' while(' in text
+assert text.count(' all-reduce(') == 1
+assert text.index(' all-reduce(') > text.index('\\nENTRY ')
+"""
+
 
 def test_eight_devices_equal_one_and_gather_nothing(run_with_devices):
   run_with_devices(EIGHT_DEVICES)
+
+
+def test_gradients_of_what_each_device_got_whole_are_summed_once(run_with_devices):
+  run_with_devices(IN_A_LOOP)
 
 
 def test_without_a_mesh_the_function_runs_as_it_stands():
