@@ -62,16 +62,18 @@ def ssim(image_BHWC: jax.Array, clean_BHWC: jax.Array) -> jax.Array:
       f'SSIM looks through a window of {WINDOW} x {WINDOW} pixels and the images have '
       f'{height} x {width}: use larger images, or PSNR alone'
     )
-  # Variances as E[x^2] - E[x]^2 lose digits to the mean: a common offset, which they don't depend
+  # Variances as E[x^2] - E[x]^2 lose digits to the mean: each image's own, which they don't depend
   # on, is taken out first.
-  offset_B11C = jnp.mean(clean_BHWC, axis=(1, 2), keepdims=True)
-  x, y = image_BHWC - offset_B11C, clean_BHWC - offset_B11C
+  offset_x, offset_y = (
+    jnp.mean(each, axis=(1, 2), keepdims=True) for each in (image_BHWC, clean_BHWC)
+  )
+  x, y = image_BHWC - offset_x, clean_BHWC - offset_y
   mean_x, mean_y, mean_xx, mean_yy, mean_xy = (
     _windowed(each) for each in (x, y, x * x, y * y, x * y)
   )
   variances = mean_xx - mean_x * mean_x + mean_yy - mean_y * mean_y
   covariance = mean_xy - mean_x * mean_y
-  mean_x, mean_y = mean_x + offset_B11C, mean_y + offset_B11C
+  mean_x, mean_y = mean_x + offset_x, mean_y + offset_y
   c1, c2 = _K1**2, _K2**2
   likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
   likeness /= (mean_x * mean_x + mean_y * mean_y + c1) * (variances + c2)
