@@ -27,7 +27,7 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 xavier = nn.initializers.xavier_uniform()
 
 # What the backward pass recomputes. Keeping the products with weights alone leaves a third of the
-# memory and, since a CPU is short of bandwidth, is faster there than keeping everything. Attention's
+# memory and, since a CPU is short of bandwidth, takes it no longer than keeping everything. Attention's
 # result is kept too: only the gradient of the projection that follows takes it.
 _MIXED = 'mixed'
 REMAT = {
