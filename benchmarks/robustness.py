@@ -39,7 +39,7 @@ def programs(images: np.ndarray, names: list[str]) -> dict[str, Callable[[], Any
   weight = jax.random.normal(jax.random.key(2), (backbone.features, CLASSES))
 
   def logits(params: Any, image_BHWC: jax.Array) -> jax.Array:
-    output, _ = models.encode(backbone, params, {}, normalise(image_BHWC))
+    output, _ = models.encode(backbone, params, {}, normalise(image_BHWC), patches=False)
     return output.pooled @ weight
 
   def attacked(params: Any, image_BHWC: jax.Array) -> jax.Array:

@@ -104,15 +104,24 @@ _PRODUCTS = {'dot_general': _dot, 'conv_general_dilated': _convolution}
 
 
 def vit_forward_flops(
-  *, image_size: int, patch: int, width: int, depth: int, mlp_ratio: float = 4.0, channels: int = 3
+  *,
+  image_size: int,
+  patch: int,
+  width: int,
+  depth: int,
+  mlp_ratio: float = 4.0,
+  channels: int = 3,
+  class_only: bool = False,
 ) -> float:
   """Products of one ViT forward pass on one image, two FLOPs to a multiply-add (arXiv 2010.11929, section 3.1).
 
   T = (image_size / patch)^2 + 1 tokens of D channels: the embedding of the patches, and a block's four projections
   (4 T D^2), two products of attention (2 T^2 D) and MLP (2 r T D^2), in multiply-adds. A ViT-B/16 at 224 pixels has
-  35.1 GFLOP.
+  35.1 GFLOP. Where the class token alone is read (`class_only`), the last block has keys and values of all tokens
+  (2 T D^2), and all else of one.
   """
   patches = (image_size // patch) ** 2
   tokens, hidden = patches + 1, int(width * mlp_ratio)
-  block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * hidden
-  return 2.0 * (patches * patch**2 * channels * width + depth * block)
+  pair, of_a_token = 2 * tokens * width**2, 2 * width**2 + 2 * tokens * width + 2 * width * hidden
+  blocks = depth * pair + ((depth - 1) * tokens + (1 if class_only else tokens)) * of_a_token
+  return 2.0 * (patches * patch**2 * channels * width + blocks)

@@ -86,6 +86,25 @@ def _by_pallas(product_BT3D: jax.Array, bias_3D: jax.Array, heads: int) -> jax.A
 ATTENTION = {'xla': _by_xla, 'cudnn': _by_cudnn, 'pallas': _by_pallas}
 
 
+def class_attention(query_B1D: jax.Array, pair_BT2D: jax.Array, heads: int) -> jax.Array:
+  """Attention of the class token alone, by XLA everywhere: one query an image is little to gain for a kernel.
+
+  Args:
+    query_B1D: with its bias.
+    pair_BT2D: keys and values, with theirs.
+    heads: H.
+
+  Returns:
+    [B, 1, D], the same dtype.
+  """
+  batch, tokens, packed = pair_BT2D.shape
+  channels = packed // (2 * heads)
+  pair_BT2HE = pair_BT2D.reshape(batch, tokens, 2, heads, channels)
+  key, value = pair_BT2HE.transpose(2, 0, 3, 1, 4)
+  query = query_B1D.reshape(batch, 1, heads, channels).transpose(0, 2, 1, 3)
+  return _mixed(query, key, value)
+
+
 def takes_cudnn(dtype: str, channels: int) -> bool:
   """Whether cuDNN's kernel takes products of that dtype and heads of so many channels."""
   return dtype in _CUDNN_DTYPES and channels <= 128 and channels % 8 == 0

@@ -22,10 +22,12 @@ class Feature:
     of: from a backbone's output to [N, some width].
     last_blocks: of how many of a ViT's last blocks it takes the class tokens; 0 where the output of the whole backbone
       is enough.
+    patches: whether it reads patch tokens (a ResNet's feature map).
   """
 
   of: Callable[[BackboneOutput], jax.Array]
   last_blocks: int = 0
+  patches: bool = False
 
 
 def _mean_patch(output: BackboneOutput) -> jax.Array:
@@ -51,8 +53,8 @@ def _last(count: int) -> Feature:
 
 FEATURES: dict[str, Feature] = {
   'pooled': Feature(lambda output: output.pooled),
-  'mean_patch': Feature(_mean_patch),
-  'concat': Feature(_concat),
+  'mean_patch': Feature(_mean_patch, patches=True),
+  'concat': Feature(_concat, patches=True),
   'last4': _last(4),
 }
 
@@ -85,14 +87,16 @@ def encode_options(names: str | Iterable[str], backbone: Any) -> dict[str, Any]:
     backbone: from `make_backbone`.
 
   Returns:
-    Keyword arguments of `models.encode`: `layers` (indices of blocks) and `normalise_layers`, or nothing.
+    Keyword arguments of `models.encode`: `patches`, whether any of them reads patch tokens, and where one takes blocks,
+    `layers` (their indices) and `normalise_layers`.
 
   Raises:
     UserError: for an unknown name, a backbone whose blocks have no class tokens (a ResNet), or one with too few blocks.
   """
-  needed = 0
+  needed, patches = 0, False
   for name in [names] if isinstance(names, str) else names:
     count = _named(name).last_blocks
+    patches |= _named(name).patches
     if not count:
       continue
     if not isinstance(backbone, ViT):
@@ -108,8 +112,9 @@ def encode_options(names: str | Iterable[str], backbone: Any) -> dict[str, Any]:
       )
     needed = max(needed, count)
   if not needed:
-    return {}
+    return {'patches': patches}
   return {
+    'patches': patches,
     'layers': tuple(range(backbone.depth - needed, backbone.depth)),
     'normalise_layers': True,
   }

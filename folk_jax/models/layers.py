@@ -5,6 +5,8 @@ L layers. In `select` and `place`: T patches, S visible ones.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -12,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from folk_jax.models.attention import ATTENTION
+from folk_jax.models.attention import ATTENTION, class_attention
 from folk_jax.models.layout import row_major
 from folk_jax.models.linear import Linear, cast, product
 from folk_jax.models.norm import LayerNorm
@@ -111,10 +113,22 @@ class PackedProjection(nn.Module):
 
   @nn.compact
   def __call__(self, tokens_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    kernel, bias = self._parameters(tokens_BTD.shape[-1])
+    return in_place(product(tokens_BTD, kernel)), bias
+
+  @nn.compact
+  def of_class_token(self, tokens_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first token's queries [B, 1, D], and all tokens' keys and values [B, T, 2D]; both with their bias."""
     width = tokens_BTD.shape[-1]
+    kernel, bias = self._parameters(width)
+    query_B1D = product(tokens_BTD[:, :1], kernel[:, :width]) + bias[:width]
+    pair_BT2D = product(tokens_BTD, kernel[:, width:]) + bias[width:]
+    return in_place(query_B1D), in_place(pair_BT2D)
+
+  def _parameters(self, width: int) -> tuple[jax.Array, jax.Array]:
     kernel = cast(self.param('kernel', normal, (width, 3 * width)), self.dtype)
     bias = self.param('bias', nn.initializers.zeros, (3 * width,)).astype(self.dtype)
-    return in_place(product(tokens_BTD, kernel)), bias
+    return kernel, bias
 
 
 class Attention(nn.Module):
@@ -123,13 +137,18 @@ class Attention(nn.Module):
   heads: int
   dtype: jnp.dtype
   implementation: str
+  class_only: bool = False
 
   @nn.compact
   def __call__(self, tokens_BTD: jax.Array) -> jax.Array:
+    """Maps tokens [B, T, D] to as many, or to the class token's result [B, 1, D] where it is `class_only`."""
     width = tokens_BTD.shape[-1]
-    product_BT3D, bias_3D = PackedProjection(self.dtype, name='qkv')(in_place(tokens_BTD))
-    mixed_BTD = in_place(ATTENTION[self.implementation](product_BT3D, bias_3D, self.heads))
-    mixed_BTD = checkpoint_name(mixed_BTD, _MIXED)
+    packed = PackedProjection(self.dtype, name='qkv')
+    if self.class_only:
+      mixed_BTD = class_attention(*packed.of_class_token(in_place(tokens_BTD)), self.heads)
+    else:
+      mixed_BTD = ATTENTION[self.implementation](*packed(in_place(tokens_BTD)), self.heads)
+    mixed_BTD = checkpoint_name(in_place(mixed_BTD), _MIXED)
     return in_place(Linear(width, self.dtype, normal, name='proj')(mixed_BTD))
 
 
@@ -162,10 +181,17 @@ class Block(nn.Module):
   """Pre-norm transformer block (arXiv 2010.11929, equations 2 and 3), as the body of a scan.
 
   The residual stream stays float32 whatever the compute dtype, as it does under torch's autocast.
+
+  Attributes:
+    settings: what all blocks share.
+    collect: whether its output is returned twice, for the scan to stack.
+    class_only: whether the class token alone, [B, 1, D], is wanted of its output: then it is all that is computed, from
+      the keys and values of all tokens.
   """
 
   settings: BlockSettings
   collect: bool
+  class_only: bool = False
 
   @nn.compact
   def __call__(
@@ -174,7 +200,7 @@ class Block(nn.Module):
     s = self.settings
     tokens_BTD = row_major(tokens_BTD)
     branches = (
-      ('norm1', Attention(s.heads, s.dtype, s.attention, name='attn'), 'ls1'),
+      ('norm1', Attention(s.heads, s.dtype, s.attention, self.class_only, name='attn'), 'ls1'),
       ('norm2', Mlp(s.hidden, s.dtype, name='mlp'), 'ls2'),
     )
     for branch, (norm, body, gain) in enumerate(branches):
@@ -183,6 +209,8 @@ class Block(nn.Module):
         update_BTD = LayerScale(s.layer_scale, name=gain)(update_BTD)
       if scale_2B is not None:
         update_BTD = update_BTD * scale_2B[branch][:, None, None].astype(update_BTD.dtype)
+      if self.class_only:
+        tokens_BTD = tokens_BTD[:, :1]
       tokens_BTD = row_major(tokens_BTD + update_BTD.astype(jnp.float32))
     return tokens_BTD, tokens_BTD if self.collect else None
 
@@ -203,18 +231,66 @@ def scanned_blocks(
     Maps tokens [B, T, D] and drop path's factors [L, 2, B] or None to tokens and, if `collect`,
     [L, B, T, D].
   """
-  block = Block
-  if REMAT[remat] is not None:
-    # A loop already keeps the two passes apart; where there is none, XLA has to be kept from merging them.
-    block = nn.remat(block, prevent_cse=unroll >= depth, policy=REMAT[remat])
   scanned = nn.scan(
-    block,
+    _block(remat, depth, unroll),
     variable_axes={'params': 0},
     split_rngs={'params': True},
     length=depth,
     unroll=min(unroll, depth),
   )
   return scanned(settings, collect, name='blocks')
+
+
+def class_token(
+  settings: BlockSettings,
+  params: Any,
+  tokens_BTD: jax.Array,
+  scales_L2B: jax.Array | None,
+  *,
+  remat: str = 'none',
+  unroll: int = 1,
+) -> jax.Array:
+  """The class token after all blocks, the last of which computes nothing else.
+
+  What `scanned_blocks` gives for the first token, to rounding, without the last block's queries, projection and MLP of
+  all other tokens, which nothing would read.
+
+  Args:
+    settings: of every block.
+    params: of all blocks, as `scanned_blocks` stacks them, [L, ...].
+    tokens_BTD: float32.
+    scales_L2B: drop path's factors, or None.
+    remat: a key of `REMAT`.
+    unroll: blocks an iteration of the scan, at least 1.
+
+  Returns:
+    float32 [B, 1, D].
+  """
+  depth = jax.tree.leaves(params)[0].shape[0]
+  block = _block(remat, depth - 1, unroll)
+
+  def through(block, tokens_BTD, params_and_scale):
+    params, scale_2B = params_and_scale
+    return block.apply({'params': params}, tokens_BTD, scale_2B)
+
+  with jax.named_scope('blocks'):
+    first, last = (
+      jax.tree.map(part, (params, scales_L2B)) for part in (lambda x: x[:-1], lambda x: x[-1])
+    )
+    whole = functools.partial(through, block(settings, collect=False, parent=None))
+    tokens_BTD, _ = jax.lax.scan(
+      whole, tokens_BTD, first, depth - 1, unroll=max(1, min(unroll, depth - 1))
+    )
+    return through(block(settings, collect=False, class_only=True, parent=None), tokens_BTD, last)[
+      0
+    ]
+
+
+def _block(remat: str, depth: int, unroll: int) -> type[Block]:
+  if REMAT[remat] is None:
+    return Block
+  # A loop already keeps the two passes apart; where there is none, XLA has to be kept from merging them.
+  return nn.remat(Block, prevent_cse=unroll >= depth, policy=REMAT[remat])
 
 
 def select(tokens_BTD: jax.Array, index_BS: jax.Array) -> jax.Array:

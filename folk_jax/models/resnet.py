@@ -232,6 +232,7 @@ class ResNet(nn.Module):
     train: bool = False,
     layers: tuple[int, ...] = (),
     normalise_layers: bool = False,
+    patches: bool = True,
   ) -> BackboneOutput:
     """Encodes normalised images.
 
@@ -242,6 +243,7 @@ class ResNet(nn.Module):
         `batch_stats`, which must then be mutable; else it uses the stored ones.
       layers: stages, in [0, 4), whose feature maps are returned as well, with their averages.
       normalise_layers: ignored; a stage ends without a norm.
+      patches: whether feature maps are returned, beside their averages.
 
     Returns:
       BackboneOutput, float32; `pooled` is the average over the positions of `patches`.
@@ -281,7 +283,7 @@ class ResNet(nn.Module):
 
     def averaged(map_NhwC):
       map_NhwC = map_NhwC.astype(jnp.float32)
-      return jnp.mean(map_NhwC, axis=(1, 2)), map_NhwC
+      return jnp.mean(map_NhwC, axis=(1, 2)), map_NhwC if patches else None
 
     chosen = {stage: averaged(outputs[stage]) for stage in layers}
     return BackboneOutput(*averaged(x_NhwC), chosen)

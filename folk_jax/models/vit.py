@@ -29,7 +29,8 @@ class BackboneOutput:
 
   Attributes:
     pooled: [N, D]; ViT: class token after the final norm; ResNet: average over positions.
-    patches: [N, h, w, D]; ViT: patch tokens after the final norm; ResNet: last feature map.
+    patches: [N, h, w, D]; ViT: patch tokens after the final norm; ResNet: last feature map. None where the call said
+      that they aren't read.
     layers: block index -> (pooled [N, D], patches [N, h, w, D]) for the blocks that were asked for,
       before the final norm unless `normalise_layers` was set.
 
@@ -37,7 +38,7 @@ class BackboneOutput:
   """
 
   pooled: jax.Array
-  patches: jax.Array
+  patches: jax.Array | None
   layers: dict[int, tuple[jax.Array, jax.Array]]
 
 
@@ -193,6 +194,7 @@ class ViT(nn.Module):
     mask_Nhw: jax.Array | None = None,
     mask_token_D: jax.Array | None = None,
     visible_NS: jax.Array | None = None,
+    patches: bool = True,
   ) -> BackboneOutput:
     """Encodes normalised images.
 
@@ -208,6 +210,8 @@ class ViT(nn.Module):
       mask_token_D: float.
       visible_NS: integers in [0, h*w), row-major: the patches that alone enter the blocks, with the
         positions they have in the image (MAE, arXiv 2111.06377, section 3); None for all.
+      patches: whether patch tokens are returned. Without them, and without `layers`, the last block computes the class
+        token alone: the same value to rounding, for about a twelfth less work in a ViT of 12 blocks.
 
     Returns:
       BackboneOutput, float32.
@@ -261,15 +265,20 @@ class ViT(nn.Module):
       dtype=dtype,
       attention=self.attention,
     )
-    blocks = layers_lib.scanned_blocks(
-      settings, self.depth, collect=bool(layers), remat=self.remat, unroll=self.scan_unroll
-    )
-    tokens_NTD, outputs_LNTD = blocks(tokens_NTD, scales_L2N)
+    options = {'remat': self.remat, 'unroll': self.scan_unroll}
+    # Parameters are made by the scan, whatever is read.
+    if patches or layers or self.is_initializing():
+      blocks = layers_lib.scanned_blocks(settings, self.depth, collect=bool(layers), **options)
+      tokens_NTD, outputs_LNTD = blocks(tokens_NTD, scales_L2N)
+    else:
+      params = self.variables['params']['blocks']
+      tokens_NTD = layers_lib.class_token(settings, params, tokens_NTD, scales_L2N, **options)
+      outputs_LNTD = None
 
     norm = LayerNorm(name='norm')
 
     def split(x_NTD):
-      return x_NTD[:, 0], x_NTD[:, 1:].reshape(n, *grid, self.width)
+      return x_NTD[:, 0], x_NTD[:, 1:].reshape(n, *grid, self.width) if patches else None
 
     pooled_ND, patches_NhwD = split(norm(tokens_NTD))
     chosen = {layer: outputs_LNTD[layer] for layer in layers}

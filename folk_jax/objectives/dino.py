@@ -89,8 +89,10 @@ class Dino:
       functools.partial(augmented_normalised, self.parts), batch['views'], keys_BV
     )
     drop_keys_N = fold(keys_BV, DROP_PATH).reshape(-1)
-    student, extra = encode(self.parts, 'student', params, extra, image_NHWC, drop_keys_N)
-    seen, extra = encode(self.parts, 'teacher', teacher, extra, image_NHWC)
+    student, extra = encode(
+      self.parts, 'student', params, extra, image_NHWC, drop_keys_N, patches=False
+    )
+    seen, extra = encode(self.parts, 'teacher', teacher, extra, image_NHWC, patches=False)
     student_BVK = by_image(distillation.logits(params, student.pooled), views)
     teacher_BQK = by_image(distillation.logits(teacher, seen.pooled), views)
 
@@ -130,5 +132,5 @@ def local_logits(
   keys_BL = view_keys(rng, batch['index'], views + count)[:, views:]
   image_NhwC = over_batch(functools.partial(augmented_local, parts), batch['local_views'], keys_BL)
   drop_keys_N = fold(keys_BL, DROP_PATH).reshape(-1)
-  output, extra = encode(parts, 'student', params, extra, image_NhwC, drop_keys_N)
+  output, extra = encode(parts, 'student', params, extra, image_NhwC, drop_keys_N, patches=False)
   return by_image(distillation.logits(params, output.pooled), count), extra

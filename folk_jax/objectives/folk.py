@@ -136,7 +136,16 @@ class Folk:
 
     # 2. The student sees u~ and v~ only.
     drop_keys_N = fold(keys_BV, DROP_PATH).reshape(-1)
-    student, extra = encode(self.parts, 'student', params, extra, seen.corrupted_NHWC, drop_keys_N)
+    rebuilds, patchwise = self.reconstruction_weight > 0, self.patch_weight > 0
+    student, extra = encode(
+      self.parts,
+      'student',
+      params,
+      extra,
+      seen.corrupted_NHWC,
+      drop_keys_N,
+      patches=rebuilds or patchwise,
+    )
     total, metrics = jnp.zeros(()), {}
     judged = student
 
@@ -148,7 +157,9 @@ class Folk:
     # 4. It predicts what the teacher says of the other view, unfiltered (DINO, arXiv 2104.14294, eq. 3).
     distillation = self._distillation
     if self._distils:
-      judged, extra = encode(self.parts, 'teacher', teacher, extra, seen.clean_NHWC)
+      judged, extra = encode(
+        self.parts, 'teacher', teacher, extra, seen.clean_NHWC, patches=patchwise
+      )
     if self.distillation_weight:
       student_BVK = distillation.logits(params, student.pooled).reshape(batch_size, views, -1)
       teacher_BVK = distillation.logits(teacher, judged.pooled).reshape(batch_size, views, -1)

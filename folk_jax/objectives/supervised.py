@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from folk_jax.errors import UserError
 from folk_jax.models import BackboneOutput
-from folk_jax.models.features import FEATURES, feature
+from folk_jax.models.features import FEATURES, encode_options, feature
 from folk_jax.models.norm import LAYER_NORM_EPSILON
 from folk_jax.objectives import statistics
 from folk_jax.objectives.base import (
@@ -112,6 +112,11 @@ class Supervised:
   def _mixing(self) -> Mixing:
     return from_fields(Mixing, self)
 
+  @property
+  def _read(self) -> dict[str, Any]:
+    """What the backbone is asked for."""
+    return encode_options(self.pooling, self.parts.backbone)
+
   def init(self, rng: jax.Array, batch: Batch) -> tuple[dict[str, Any], Any]:
     """Fresh parameters {backbone, head}. See `Objective.init`."""
     del batch  # Sizes are the parts'.
@@ -155,7 +160,9 @@ class Supervised:
     )
     # 2. The network's guess.
     drop_keys_B = fold(keys_BV, DROP_PATH)[:, 0]
-    output, extra = encode(self.parts, 'student', params, extra, image_BHWC, drop_keys_B)
+    output, extra = encode(
+      self.parts, 'student', params, extra, image_BHWC, drop_keys_B, **self._read
+    )
     logits_BK = self.head_logits(params, output)
     # 3. Cross-entropy, averaged over images.
     loss = -jnp.mean(jnp.sum(target_BK * jax.nn.log_softmax(logits_BK), axis=1))
@@ -197,7 +204,7 @@ class Supervised:
       network_statistics: that network's of BatchNorm (`evaluation_statistics`); {} for a ViT.
       image_NHWC: float32, normalised.
     """
-    output, _ = self.parts.encode(params['backbone'], network_statistics, image_NHWC)
+    output, _ = self.parts.encode(params['backbone'], network_statistics, image_NHWC, **self._read)
     return self.head_logits(params, output)
 
   def head_logits(self, params: Params, output: BackboneOutput) -> jax.Array:

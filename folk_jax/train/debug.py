@@ -141,7 +141,7 @@ def teacher_checks(objective: Any, teacher: Any, extra: Any, image_NHWC: jax.Arr
   parts = objective.parts
   distillation = from_fields(Distillation, objective)
   clean_NHWC = normalise(image_NHWC, parts.mean, parts.std)
-  output, _ = encode(parts, 'teacher', teacher, extra, clean_NHWC)
+  output, _ = encode(parts, 'teacher', teacher, extra, clean_NHWC, patches=False)
   logits_NK = distillation.logits(teacher, output.pooled)
   temperature = min(distillation.teacher_temperature, distillation.teacher_temperature_start)
   target_NK = losses.teacher_probabilities(logits_NK, extra['centre'], temperature)

@@ -8,6 +8,8 @@ from folk_jax import config as config_lib
 from folk_jax import models
 from folk_jax.compiled import analytic, cost, hlo
 
+VIT_B = {'image_size': 224, 'patch': 16, 'width': 768, 'depth': 12}
+
 
 def total(function, *shapes):
   args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -94,11 +96,24 @@ def vit():
   return model, jax.eval_shape(model.init, jax.random.key(0), image), image
 
 
-def test_the_traced_forward_pass_is_the_closed_form(vit):
+@pytest.mark.parametrize('class_only', [False, True])
+def test_the_traced_forward_pass_is_the_closed_form(vit, class_only):
   model, variables, image = vit
-  found = sum(p.flops for p in analytic.products(model.apply, variables, image))
-  expected = analytic.vit_forward_flops(image_size=224, patch=16, width=768, depth=12)
+
+  def encode(variables, image):
+    return model.apply(variables, image, patches=not class_only)
+
+  found = sum(p.flops for p in analytic.products(encode, variables, image))
+  expected = analytic.vit_forward_flops(**VIT_B, class_only=class_only)
   assert found == 2 * expected
+
+
+def test_a_class_token_alone_spares_most_of_a_block():
+  whole, alone = (analytic.vit_forward_flops(**VIT_B, class_only=only) for only in (False, True))
+  # 196 of 197 tokens: 10 of a block's 12 products with weights of D x D, and both of attention.
+  spared = 2 * 196 * (10 * 768**2 + 2 * 197 * 768)
+  assert whole - alone == spared
+  assert spared / whole == pytest.approx(0.069, abs=0.001)
 
 
 def test_a_training_step_of_folk_is_eight_forward_passes_an_image():
@@ -109,11 +124,12 @@ def test_a_training_step_of_folk_is_eight_forward_passes_an_image():
   config.batch_size = 2
   target = step.Target('', 1, jax.devices()[:1], None, None)
   known, parameters = step.Compiler('', target, 1281167, 1000).expected(config)
-  forward = analytic.vit_forward_flops(image_size=224, patch=16, width=768, depth=12)
+  forward = analytic.vit_forward_flops(**VIT_B)
+  of_class_tokens = analytic.vit_forward_flops(**VIT_B, class_only=True)
   per_image = known.model_flops / 2
-  # Heads and the reconstruction's linear layer are under 1 % of it.
-  assert 1.0 < per_image / (8 * forward) < 1.01
-  assert per_image / 1e9 == pytest.approx(281.6, rel=0.01)
+  # Of the teacher only class tokens are read. Heads and the reconstruction's linear layer are about 1 % of it.
+  assert 1.0 < per_image / (6 * forward + 2 * of_class_tokens) < 1.015
+  assert 8 * forward / 1e9 == pytest.approx(281.6, rel=0.005)
   assert parameters > 85_798_656  # the backbone's own
   assert set(report.SIGNAL) < set(report.SCOPES)
 

@@ -44,8 +44,10 @@ def test_last4_is_what_shallower_networks_return():
 
 
 def test_features_that_share_a_pass_ask_for_what_any_of_them_needs():
-  assert encode_options(('pooled', 'concat', 'mean_patch'), vit()) == {}
+  assert encode_options(('pooled', 'concat', 'mean_patch'), vit()) == {'patches': True}
+  assert encode_options('pooled', vit()) == {'patches': False}
   assert encode_options(('pooled', 'last4'), vit()) == {
+    'patches': False,
     'layers': (1, 2, 3, 4),
     'normalise_layers': True,
   }
@@ -65,7 +67,7 @@ def test_an_output_without_the_blocks_says_how_to_get_them():
 
 def test_what_a_backbone_cannot_give_is_refused_in_words():
   resnet = models.make_backbone('resnet', 32, depth=10, width=8)
-  assert encode_options(('pooled', 'mean_patch', 'concat'), resnet) == {}
+  assert encode_options(('pooled', 'mean_patch', 'concat'), resnet) == {'patches': True}
   with pytest.raises(
     UserError, match='a ResNet has no class tokens: use pooled, mean_patch, concat'
   ):

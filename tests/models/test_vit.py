@@ -190,6 +190,51 @@ def test_remat_and_unrolling_change_no_value(small):
     )
 
 
+@pytest.mark.parametrize(
+  'options',
+  [
+    {},
+    {'remat': 'block'},
+    {'remat': 'elementwise', 'scan_unroll': 3},
+    {'layer_scale': 0.3, 'drop_path': 0.4},
+    {'depth': 1},
+    {'attention': 'pallas', 'width': 128, 'heads': 2},
+  ],
+  ids=str,
+)
+def test_without_patches_the_class_token_and_its_gradient_are_the_same(small, options):
+  fields, _, image, keys = small
+  model = models.make_backbone('vit', (8, 12), **fields | options)
+  rng = np.random.default_rng(1)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), image)['params']
+  params = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype), shapes
+  )
+  params['norm']['scale'] += 1.0
+
+  def energy(params, patches):
+    output = model.apply({'params': params}, image, keys, patches=patches)
+    assert (output.patches is not None) == patches and output.layers == {}
+    return jnp.sum(jnp.sin(output.pooled)), output.pooled
+
+  evaluate = jax.jit(jax.value_and_grad(energy, has_aux=True), static_argnums=1)
+  ((_, alone), found), ((_, of_all), expected) = evaluate(params, False), evaluate(params, True)
+  np.testing.assert_allclose(alone, of_all, **SAME_MATHS)
+  largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest, rtol=1e-4), found, expected
+  )
+
+
+def test_without_patches_other_blocks_can_still_be_had(small):
+  fields, params, image, _ = small
+  output = _apply(fields, params, image, layers=(1,), patches=False)
+  whole = _apply(fields, params, image, layers=(1,))
+  assert output.patches is None and output.layers[1][1] is None
+  np.testing.assert_allclose(output.layers[1][0], whole.layers[1][0], **SAME_MATHS)
+  np.testing.assert_allclose(output.pooled, whole.pooled, **SAME_MATHS)
+
+
 def test_without_a_loop_remat_still_recomputes():
   """XLA would merge the recomputed pass with the first, and keep it in memory, where nothing stood between them."""
   image = jnp.zeros((2, 16, 16, 3))
