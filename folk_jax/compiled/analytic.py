@@ -118,7 +118,7 @@ def vit_forward_flops(
   T = (image_size / patch)^2 + 1 tokens of D channels: the embedding of the patches, and a block's four projections
   (4 T D^2), two products of attention (2 T^2 D) and MLP (2 r T D^2), in multiply-adds. A ViT-B/16 at 224 pixels has
   35.1 GFLOP. Where the class token alone is read (`class_only`), the last block has keys and values of all tokens
-  (2 T D^2), and all else of one.
+  (2 T D^2), and all else of one; zeros that its heads multiply are not counted.
   """
   patches = (image_size // patch) ** 2
   tokens, hidden = patches + 1, int(width * mlp_ratio)

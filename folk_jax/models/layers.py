@@ -5,7 +5,7 @@ L layers. In `select` and `place`: T patches, S visible ones.
 """
 
 import dataclasses
-import functools
+import operator
 from typing import Any
 
 import chex
@@ -241,15 +241,16 @@ def scanned_blocks(
   return scanned(settings, collect, name='blocks')
 
 
-def class_token(
+def class_token_blocks(
   settings: BlockSettings,
   params: Any,
   tokens_BTD: jax.Array,
   scales_L2B: jax.Array | None,
   *,
+  collect: bool,
   remat: str = 'none',
   unroll: int = 1,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array | None]:
   """The class token after all blocks, the last of which computes nothing else.
 
   What `scanned_blocks` gives for the first token, to rounding, without the last block's queries, projection and MLP of
@@ -260,30 +261,52 @@ def class_token(
     params: of all blocks, as `scanned_blocks` stacks them, [L, ...].
     tokens_BTD: float32.
     scales_L2B: drop path's factors, or None.
+    collect: whether the class token after every block is returned as well.
     remat: a key of `REMAT`.
     unroll: blocks an iteration of the scan, at least 1.
 
   Returns:
-    float32 [B, 1, D].
+    float32 [B, 1, D] and, if `collect`, [L, B, 1, D].
   """
-  depth = jax.tree.leaves(params)[0].shape[0]
-  block = _block(remat, depth - 1, unroll)
+  depth = jax.tree.leaves(params)[0].shape[0] - 1
+  block = _block(remat, depth, unroll)
+  whole = block(settings, collect=False, parent=None)
+  last = block(settings, collect=False, class_only=True, parent=None)
 
-  def through(block, tokens_BTD, params_and_scale):
+  def through(tokens_BTD, params_and_scale):
     params, scale_2B = params_and_scale
-    return block.apply({'params': params}, tokens_BTD, scale_2B)
+    tokens_BTD, _ = whole.apply({'params': params}, tokens_BTD, scale_2B)
+    return tokens_BTD, tokens_BTD[:, :1] if collect else None
 
+  below: Any = []
   with jax.named_scope('blocks'):
-    first, last = (
-      jax.tree.map(part, (params, scales_L2B)) for part in (lambda x: x[:-1], lambda x: x[-1])
-    )
-    whole = functools.partial(through, block(settings, collect=False, parent=None))
-    tokens_BTD, _ = jax.lax.scan(
-      whole, tokens_BTD, first, depth - 1, unroll=max(1, min(unroll, depth - 1))
-    )
-    return through(block(settings, collect=False, class_only=True, parent=None), tokens_BTD, last)[
-      0
-    ]
+    if unroll < depth:
+      cut = operator.itemgetter(slice(depth)), operator.itemgetter(depth)
+      first, above = (jax.tree.map(part, (params, scales_L2B)) for part in cut)
+      tokens_BTD, below = jax.lax.scan(through, tokens_BTD, first, unroll=unroll)
+    else:
+      *first, above = _unstack((params, scales_L2B))
+      for layer in first:
+        tokens_BTD, class_B1D = through(tokens_BTD, layer)
+        below.append(class_B1D)
+    class_B1D, _ = last.apply({'params': above[0]}, tokens_BTD, above[1])
+  return class_B1D, jnp.stack([*below, class_B1D]) if collect else None
+
+
+@jax.custom_vjp
+def _unstack(tree: Any) -> list[Any]:
+  """A tree a layer, from one with the layers on every leaf's first axis.
+
+  The gradient is written once; autodiff's would be added up, a whole stack for every layer.
+  """
+  count = jax.tree.leaves(tree)[0].shape[0]
+  return [jax.tree.map(operator.itemgetter(layer), tree) for layer in range(count)]
+
+
+_unstack.defvjp(
+  lambda tree: (_unstack(tree), None),
+  lambda _, gradients: (jax.tree.map(lambda *layers: jnp.stack(layers), *gradients),),
+)
 
 
 def _block(remat: str, depth: int, unroll: int) -> type[Block]:

@@ -210,8 +210,8 @@ class ViT(nn.Module):
       mask_token_D: float.
       visible_NS: integers in [0, h*w), row-major: the patches that alone enter the blocks, with the
         positions they have in the image (MAE, arXiv 2111.06377, section 3); None for all.
-      patches: whether patch tokens are returned. Without them, and without `layers`, the last block computes the class
-        token alone: the same value to rounding, for about a twelfth less work in a ViT of 12 blocks.
+      patches: whether patch tokens are returned. Without them the last block computes the class token alone: the same
+        value to rounding, for 7 % less work in a ViT of 12 blocks.
 
     Returns:
       BackboneOutput, float32.
@@ -265,15 +265,15 @@ class ViT(nn.Module):
       dtype=dtype,
       attention=self.attention,
     )
-    options = {'remat': self.remat, 'unroll': self.scan_unroll}
-    # Parameters are made by the scan, whatever is read.
-    if patches or layers or self.is_initializing():
-      blocks = layers_lib.scanned_blocks(settings, self.depth, collect=bool(layers), **options)
+    options = {'collect': bool(layers), 'remat': self.remat, 'unroll': self.scan_unroll}
+    if patches or self.is_initializing():  # Parameters are made by the scan, whatever is read.
+      blocks = layers_lib.scanned_blocks(settings, self.depth, **options)
       tokens_NTD, outputs_LNTD = blocks(tokens_NTD, scales_L2N)
     else:
       params = self.variables['params']['blocks']
-      tokens_NTD = layers_lib.class_token(settings, params, tokens_NTD, scales_L2N, **options)
-      outputs_LNTD = None
+      tokens_NTD, outputs_LNTD = layers_lib.class_token_blocks(
+        settings, params, tokens_NTD, scales_L2N, **options
+      )
 
     norm = LayerNorm(name='norm')
 

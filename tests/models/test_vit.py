@@ -226,13 +226,16 @@ def test_without_patches_the_class_token_and_its_gradient_are_the_same(small, op
   )
 
 
-def test_without_patches_other_blocks_can_still_be_had(small):
+def test_without_patches_each_blocks_class_token_can_be_had(small):
   fields, params, image, _ = small
-  output = _apply(fields, params, image, layers=(1,), patches=False)
-  whole = _apply(fields, params, image, layers=(1,))
-  assert output.patches is None and output.layers[1][1] is None
-  np.testing.assert_allclose(output.layers[1][0], whole.layers[1][0], **SAME_MATHS)
-  np.testing.assert_allclose(output.pooled, whole.pooled, **SAME_MATHS)
+  for normalise in (False, True):
+    options = {'layers': (0, 2), 'normalise_layers': normalise}
+    alone = _apply(fields, params, image, **options, patches=False)
+    whole = _apply(fields, params, image, **options)
+    assert alone.patches is None and set(alone.layers) == {0, 2}
+    for layer, (class_ND, patches) in alone.layers.items():
+      assert patches is None
+      np.testing.assert_allclose(class_ND, whole.layers[layer][0], **SAME_MATHS)
 
 
 def test_without_a_loop_remat_still_recomputes():
