@@ -278,35 +278,14 @@ def class_token_blocks(
     tokens_BTD, _ = whole.apply({'params': params}, tokens_BTD, scale_2B)
     return tokens_BTD, tokens_BTD[:, :1] if collect else None
 
-  below: Any = []
+  cut = operator.itemgetter(slice(depth)), operator.itemgetter(depth)
+  below, above = (jax.tree.map(part, (params, scales_L2B)) for part in cut)
   with jax.named_scope('blocks'):
-    if unroll < depth:
-      cut = operator.itemgetter(slice(depth)), operator.itemgetter(depth)
-      first, above = (jax.tree.map(part, (params, scales_L2B)) for part in cut)
-      tokens_BTD, below = jax.lax.scan(through, tokens_BTD, first, unroll=unroll)
-    else:
-      *first, above = _unstack((params, scales_L2B))
-      for layer in first:
-        tokens_BTD, class_B1D = through(tokens_BTD, layer)
-        below.append(class_B1D)
+    # A scan where there is no loop, too: of layers cut from the stack one by one, a TPU casts the whole stack of weights.
+    turns = max(1, min(unroll, depth))
+    tokens_BTD, class_LB1D = jax.lax.scan(through, tokens_BTD, below, depth, unroll=turns)
     class_B1D, _ = last.apply({'params': above[0]}, tokens_BTD, above[1])
-  return class_B1D, jnp.stack([*below, class_B1D]) if collect else None
-
-
-@jax.custom_vjp
-def _unstack(tree: Any) -> list[Any]:
-  """A tree a layer, from one with the layers on every leaf's first axis.
-
-  The gradient is written once; autodiff's would be added up, a whole stack for every layer.
-  """
-  count = jax.tree.leaves(tree)[0].shape[0]
-  return [jax.tree.map(operator.itemgetter(layer), tree) for layer in range(count)]
-
-
-_unstack.defvjp(
-  lambda tree: (_unstack(tree), None),
-  lambda _, gradients: (jax.tree.map(lambda *layers: jnp.stack(layers), *gradients),),
-)
+  return class_B1D, jnp.concatenate([class_LB1D, class_B1D[None]]) if collect else None
 
 
 def _block(remat: str, depth: int, unroll: int) -> type[Block]:
