@@ -281,7 +281,7 @@ def class_token_blocks(
   cut = operator.itemgetter(slice(depth)), operator.itemgetter(depth)
   below, above = (jax.tree.map(part, (params, scales_L2B)) for part in cut)
   with jax.named_scope('blocks'):
-    # A scan where there is no loop, too: of layers cut from the stack one by one, a TPU casts the whole stack of weights.
+    # A scan where there is no loop, too: were layers cut from the stack one by one, a TPU would cast the whole stack.
     turns = max(1, min(unroll, depth))
     tokens_BTD, class_LB1D = jax.lax.scan(through, tokens_BTD, below, depth, unroll=turns)
     class_B1D, _ = last.apply({'params': above[0]}, tokens_BTD, above[1])
