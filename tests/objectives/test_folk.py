@@ -232,17 +232,18 @@ def test_no_gradient_reaches_the_teacher_and_every_student_parameter_gets_one(fu
 
 
 class Recorder:
-  """Stands in for the backbone: notes who was shown which images; answers in the right shape."""
+  """Stands in for the backbone: notes who was shown which images and whose patches are read; answers in that shape."""
 
   def __init__(self):
-    self.calls = []
+    self.calls, self.read = [], []
 
-  def apply(self, variables, image_NHWC, sample_keys):
+  def apply(self, variables, image_NHWC, sample_keys, patches):
     self.calls.append((variables['params'], image_NHWC, sample_keys))
+    self.read.append((variables['params'], patches))
     n = image_NHWC.shape[0]
     grid = SIZE // PATCH
     pooled = jnp.tile(jnp.arange(24.0), (n, 1))
-    return models.BackboneOutput(pooled, jnp.ones((n, grid, grid, 24)), {})
+    return models.BackboneOutput(pooled, jnp.ones((n, grid, grid, 24)) if patches else None, {})
 
 
 @pytest.mark.parametrize('clamp', [False, True])
@@ -264,6 +265,7 @@ def test_the_student_sees_filtered_views_only_and_the_teacher_clean_ones(plain, 
   assert keys.shape == (8,) and len(np.unique(jax.random.key_data(keys), axis=0)) == 8
   image_NHWC = BATCH['views'].reshape(-1, SIZE, SIZE, 3) / 255
   np.testing.assert_allclose(clean_NHWC, numpy_normalise(image_NHWC), atol=1e-5)
+  assert recorder.read == [('student', True), ('teacher', False)]
   kinds = set()
   for image, seen in zip(image_NHWC, seen_NHWC, strict=True):
     mask = spectrum_mask(image, 0.05)[..., None]
