@@ -66,7 +66,8 @@ class Recorder:
   def __init__(self):
     self.images = []
 
-  def apply(self, variables, image_NHWC, sample_keys):
+  def apply(self, variables, image_NHWC, sample_keys, patches=True):
+    assert patches  # The reconstruction is made of them.
     self.images.append(image_NHWC)
     n, grid = len(image_NHWC), SIZE // PATCH
     return models.BackboneOutput(jnp.ones((n, 24)), jnp.ones((n, grid, grid, 24)), {})
