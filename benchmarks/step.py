@@ -55,7 +55,7 @@ def one(flags: argparse.Namespace) -> dict[str, Any]:
   import numpy as np
   import recipe_step
 
-  from folk_jax.compiled.step import Compiler
+  from folk_jax.compiled.step import Compiler, Target
   from folk_jax.train.run import compute_dtype
 
   config = recipe_step.load(flags.config)
@@ -71,11 +71,9 @@ def one(flags: argparse.Namespace) -> dict[str, Any]:
         {f'{name}_probability': 0.0 for name in ('jitter', 'grayscale', 'blur', 'solarise')}
       )
   peak = peak_flops(dtype)
-  own = (
-    Compiler(flags.config, None, recipe_step.IMAGENET, recipe_step.CLASSES)
-    .expected(config)[0]
-    .model_flops
-  )
+  target = Target('', 1, jax.devices(), None, None)
+  compiler = Compiler(flags.config, target, recipe_step.IMAGENET, recipe_step.CLASSES)
+  own = compiler.expected(config)[0].model_flops
   step, state, batch, compile_seconds = recipe_step.compiled(config)
   seconds, metrics = recipe_step.seconds_a_step(step, state, batch, flags.steps)
   device = jax.devices()[0]
@@ -152,6 +150,8 @@ def main() -> None:
       rows.append(row | {'augmentation': flags.augmentation, 'asked': flags.dtype})
       what = f'one train step of {flags.config}, loader left out'
       report.write_json(out, {'what': what} | report.context(row['device']) | {'rows': rows})
+  if not rows:
+    raise UserError('no step could be timed; what each said stands above')
   header = (
     'batch',
     'attention',
