@@ -18,7 +18,7 @@ from folk_jax.models.attention import ATTENTION, class_attention
 from folk_jax.models.layout import row_major
 from folk_jax.models.linear import Linear, cast, product
 from folk_jax.models.norm import LayerNorm
-from folk_jax.signal.shard import in_place
+from folk_jax.signal.shard import gathered, in_place
 
 # timm's and DINO's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations out: this is it.
 normal = nn.initializers.normal(stddev=0.02)
@@ -120,7 +120,7 @@ class PackedProjection(nn.Module):
   def of_class_token(self, tokens_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first token's queries [B, 1, D], and all tokens' keys and values [B, T, 2D]; both with their bias."""
     width = tokens_BTD.shape[-1]
-    kernel, bias = self._parameters(width)
+    kernel, bias = map(gathered, self._parameters(width))
     query_B1D = product(tokens_BTD[:, :1], kernel[:, :width]) + bias[:width]
     pair_BT2D = product(tokens_BTD, kernel[:, width:]) + bias[width:]
     return in_place(query_B1D), in_place(pair_BT2D)

@@ -71,6 +71,16 @@ def in_place(rows: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(rows, PartitionSpec(axes))
 
 
+def gathered(weights: jax.Array) -> jax.Array:
+  """The same weights, whole on every device where `fsdp` spreads them: for weights that are cut before they are used.
+
+  XLA would pass pieces between devices, as the parts don't end where the shares do. Without `fsdp` nothing happens.
+  """
+  if jax.sharding.get_abstract_mesh().shape.get('fsdp', 1) == 1:
+    return weights
+  return jax.lax.with_sharding_constraint(weights, PartitionSpec())
+
+
 def _axes(manual: bool) -> tuple[str, ...]:
   """The mesh's axes inside whose devices the code here is (`manual`), or those that are left."""
   mesh = jax.sharding.get_abstract_mesh()
