@@ -75,6 +75,9 @@ def gathered(weights: jax.Array) -> jax.Array:
   """The same weights, whole on every device where `fsdp` spreads them: for weights that are cut before they are used.
 
   XLA would pass pieces between devices, as the parts don't end where the shares do. Without `fsdp` nothing happens.
+
+  Args:
+    weights: any shape and dtype, outside `over_batch`.
   """
   if jax.sharding.get_abstract_mesh().shape.get('fsdp', 1) == 1:
     return weights
